@@ -1,0 +1,375 @@
+"""What no reader of the algorithm needs: options, errors, devices, schedule, files of a run."""
+
+import argparse
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend; its one line names the place and the trouble. Exit status 2."""
+
+
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# ---------------------------------------------------------------- options
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def parse_options(cls, argv):
+    """Read `--key value` into the dataclass `cls`; the comment behind a field is its help text."""
+    comments = dict(re.findall(r"^ {4}(\w+):.*?  # (.*)$", inspect.getsource(cls), re.M))
+    parser = OneLineParser(description=cls.__doc__, allow_abbrev=False)
+    for field in dataclasses.fields(cls):
+        text = comments[field.name].replace("%", "%%")
+        settings = {"default": field.default, "help": f"{text} (default: {field.default})"}
+        if field.type is bool:
+            settings["action"] = "store_true"
+        elif typing.get_origin(field.type) is tuple:
+            settings |= {"nargs": "+", "metavar": "TEXT"}
+        else:
+            settings |= {"type": field.type, "metavar": field.type.__name__.upper()}
+        parser.add_argument(f"--{field.name}", **settings)
+    values = vars(parser.parse_args(argv))
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def at_least(options, least, *names):
+    """Raise UserError for an option that is smaller than `least`, too large, or not a number."""
+    for name in names:
+        value = getattr(options, name)
+        if not least <= value < 2**63:  # NaN compares as false
+            raise UserError(f"--{name} must be at least {least} and below 2**63, not {value}")
+
+
+def run(main, cls):
+    """Run a script's main with options from the command line; a UserError is one line, exit 2."""
+    try:
+        main(parse_options(cls, sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ---------------------------------------------------------------- device and precision
+
+
+def pick_device(name):
+    """`auto`, `cpu`, `cuda`, `cuda:1` or `mps` as a torch.device that is there."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: {first_line(error)}") from None
+    return device
+
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_precision(name, device):
+    """`auto` is the precision in which the device is fast: bf16, else fp16 on CUDA, else fp32."""
+    if name == "auto":
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if device.type == "cpu" and fast else "fp32"
+    if name not in PRECISIONS or (name == "fp16" and device.type != "cuda"):
+        raise UserError(f"--precision must be auto, bf16, fp32, or fp16 on cuda, not {name}")
+    return name
+
+
+def autocast(device, precision):
+    """Context in which matrix products run in `precision`; weights stay float32."""
+    enabled = precision != "fp32"
+    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=enabled)
+
+
+# ---------------------------------------------------------------- schedule and data order
+
+
+def learning_rate(step, max_steps, warmup_steps, peak):
+    """Linear warm-up, then a cosine down to a tenth of the peak; `step` counts from 0."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+class DataOrder:
+    """Which rows step t trains on: epochs of permutations, one after the other.
+
+    `groups` are lists of rows that stay together. The order depends on the seed alone, so a resumed
+    run needs nothing but its step.
+    """
+
+    def __init__(self, groups, batch_size, epochs, max_steps, seed):
+        n_rows = sum(map(len, groups))
+        total = max_steps * batch_size if max_steps > 0 else math.ceil(n_rows * epochs)
+        generator = torch.Generator().manual_seed(seed)
+        self.rows = []
+        while len(self.rows) < total:
+            for group in torch.randperm(len(groups), generator=generator).tolist():
+                self.rows += groups[group]
+        del self.rows[total:]
+        self.batch_size = batch_size
+        self.max_steps = math.ceil(total / batch_size)
+        if not self.max_steps:
+            raise UserError("--epochs must be above 0")
+
+    def batch(self, step):
+        return self.rows[step * self.batch_size : (step + 1) * self.batch_size]
+
+
+# ---------------------------------------------------------------- the folder of a run
+
+RUN_FILES = ("config.json", "log.jsonl", "ckpt.pt", "model.pt", "eval.json", "tokenizer.tiktoken")
+
+
+def check_folder(folder, resume, overwrite):
+    """Raises UserError when the folder holds something and no option says what to do with it."""
+    names = {path.name for path in folder.iterdir()} - {".lock"} if folder.is_dir() else set()
+    if "model.pt" in names and resume:
+        raise UserError(f"{folder}: this run is finished, there is nothing to resume")
+    if "model.pt" in names and not overwrite:
+        raise UserError(f"{folder}: holds a finished run; --overwrite replaces it")
+    if names and not resume and not overwrite:
+        raise UserError(f"{folder}: is in use; --resume goes on with an unfinished run, "
+                        "--overwrite starts it again")
+
+
+def open_run(folder, resume, overwrite):
+    """Claim a folder for a run: True if there is a checkpoint to go on with.
+
+    The lock is held as long as the process lives. Raises UserError when another process trains
+    there, or when `check_folder` does.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
+        check_folder(folder, resume, overwrite)
+        for name in RUN_FILES if overwrite else ():
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot use this folder: {error.strerror}") from None
+    return (folder / "ckpt.pt").exists()
+
+
+LOCKS = []
+
+
+def lock(folder):
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing guards against two processes in one folder
+        return
+    LOCKS.append(open(folder / ".lock", "w"))
+    try:
+        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is training in this folder") from None
+
+
+def write_atomically(path, write):
+    """Call write(temporary path), then rename, so that `path` is either old or whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path}: cannot write: {reason}") from None
+
+
+def save_json(path, content):
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def save_tensors(path, content):
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def load_json(path):
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def load_tensors(path):
+    """torch.load without code, onto the CPU. Raises UserError when missing or broken."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # a broken file fails in many ways: zip, pickle, storage
+        raise UserError(f"{path}: truncated or not a checkpoint: {first_line(error)}") from None
+
+
+def file_hash(path):
+    try:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def content_hash(*parts):
+    """Hash of anything that JSON can hold, the same in every process."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def provenance():
+    """How this run came about: command, versions, git commit."""
+    try:
+        here = Path(__file__).parent
+        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    return {"command": " ".join(sys.argv), "versions": versions, "git_commit": commit}
+
+
+# ---------------------------------------------------------------- training state
+
+
+def adamw(model, peak, weight_decay):
+    """AdamW; weight decay on matrices only."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
+
+
+def update(model, optimizer, scaler, clip, rate):
+    """One optimizer step at this learning rate, gradients clipped: their norm before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def save_checkpoint(folder, step, run_hash, model, optimizer, scaler):
+    """All that a run needs to go on: its data order follows from the seed and the step."""
+    state = {"step": step, "run": run_hash, "model": model.state_dict(),
+             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+             "random_state": torch.get_rng_state()}
+    save_tensors(folder / "ckpt.pt", state)
+
+
+def load_checkpoint(folder, run_hash, model, optimizer, scaler):
+    """Restore what `save_checkpoint` wrote: the number of steps done.
+
+    Raises UserError when the file is broken or was written under other options or data.
+    """
+    path = folder / "ckpt.pt"
+    state = load_tensors(path)
+    if not isinstance(state, dict) or state.get("run") != run_hash:
+        raise UserError(f"{path}: cannot resume: options, data or starting model have changed")
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random_state"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: truncated or of another model: {error}") from None
+    return state["step"]
+
+
+def run_hash(config, examples, label_probs=()):
+    """What a resumed run must share with the one that it goes on with."""
+    how = {"out_dir", "overwrite", "resume", "save_every", "log_every", "device"}
+    options = {k: v for k, v in config["options"].items() if k not in how}
+    rows = [[example.trunk, example.answers] for example in examples]
+    return content_hash(config | {"options": options}, rows, list(label_probs))
+
+
+def start_run(folder, options, config, run_hash, model, optimizer, scaler):
+    """Claim the folder, resume or write config.json: the number of steps that are done."""
+    if open_run(folder, options.resume, options.overwrite):
+        return load_checkpoint(folder, run_hash, model, optimizer, scaler)
+    save_json(folder / "config.json", config | provenance())
+    return 0
+
+
+def finish_run(folder, model):
+    """Write model.pt, which makes the run a finished one, and drop what only resuming needs."""
+    save_tensors(folder / "model.pt", model.state_dict())
+    (folder / "ckpt.pt").unlink(missing_ok=True)
+    print(f"wrote {folder / 'model.pt'} (the weights after the last step)")
+
+
+# ---------------------------------------------------------------- the log
+
+
+class Log:
+    """log.jsonl of a run: one object a step; a resumed run goes on behind the line of its step."""
+
+    def __init__(self, folder, step):
+        self.path = folder / "log.jsonl"
+        lines = self.path.read_text().splitlines(True) if self.path.exists() and step else []
+        # A killed run may have logged steps beyond its checkpoint, the last of them in part.
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomically(self.path, lambda temporary: temporary.write_text("".join(kept)))
+
+    def write(self, **fields):
+        try:
+            with self.path.open("a") as f:
+                f.write(json.dumps(fields) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write: {error.strerror}") from None
+
+
+def log_step(log, bar, fields, start, log_every):
+    """Write a step to the log; move the bar on and print every log_every-th line."""
+    seconds = time.perf_counter() - start
+    bar.update()
+    bar.set_postfix(loss=f"{fields['loss']:.4f}", refresh=False)
+    if fields["step"] % log_every == 0 or fields["step"] in (1, bar.total):
+        tqdm.write(aligned(fields))
+    log.write(**fields, seconds=round(seconds, 4))
+
+
+def aligned(fields):
+    """The fields of one step as an aligned line."""
+    show = {int: "{:>5d}", float: "{:>9.4g}"}
+    return "  ".join(f"{k} {show[type(v)].format(v)}" for k, v in fields.items())

@@ -1,0 +1,566 @@
+"""Preference data: one record, readers, tokenizer, template; a record becomes a token tree.
+
+As a script it shows records as the model sees them, with the learned tokens marked:
+
+    python data.py --pref_data FILE [--ckpt DIR]
+"""
+
+import base64
+import gzip
+import itertools
+import json
+import math
+import random
+import re
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiktoken
+
+from common import UserError, at_least, load_json, run, write_atomically
+
+
+@dataclass(frozen=True)
+class Options:
+    """Show preference data as the model sees it, the learned tokens marked."""
+
+    pref_data: str = ""  # preference files, separated by commas
+    ckpt: str = ""  # take the tokenizer and the context length of this checkpoint
+    tokenizer: str = "world"  # without --ckpt: world, gpt2 or a FILE.tiktoken
+    block_size: int = 512  # without --ckpt: context length in tokens
+    rows: int = 3  # how many records to show
+
+    def __post_init__(self):
+        at_least(self, 1, "rows", "block_size")
+
+
+META_PROMPT = ("system", "preference", "examples")
+SPECIAL_TOKENS = (
+    "<|system|>", "<|preference|>", "<|example|>", "<|chosen|>", "<|rejected|>",
+    "<|user|>", "<|assistant|>", "<|end|>",
+)  # fmt: skip
+
+# ---------------------------------------------------------------- tokenizer
+
+
+class Tokenizer:
+    """A tiktoken encoding with our special tokens behind its vocabulary."""
+
+    def __init__(self, name, pattern, ranks):
+        self.name, self.pattern, self.ranks = name, pattern, ranks
+        first = max(ranks.values()) + 1
+        if name == "gpt2":
+            first += 1  # 50256 is GPT-2's own end of text
+        self.special = {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
+        self.encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special
+        )
+        self.vocab_size = first + len(SPECIAL_TOKENS)
+        self.end = self.special["<|end|>"]
+
+    def encode(self, text):
+        """Ordinary tokens only: no text can produce a special token."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, tokens):
+        return self.encoding.decode(tokens)
+
+    def describe(self):
+        """What has to be known besides `tokenizer.tiktoken`; kept in config.json."""
+        return {"name": self.name, "pattern": self.pattern, "special_tokens": SPECIAL_TOKENS}
+
+    def save(self, folder):
+        lines = sorted((rank, base64.b64encode(piece)) for piece, rank in self.ranks.items())
+        text = b"".join(b"%s %d\n" % (piece, rank) for rank, piece in lines)
+        path = Path(folder) / "tokenizer.tiktoken"
+        write_atomically(path, lambda temporary: temporary.write_bytes(text))
+
+    @classmethod
+    def load(cls, folder):
+        """Raises UserError when it is missing, broken or not of our template."""
+        path = Path(folder) / "config.json"
+        about = load_json(path).get("tokenizer")
+        if not isinstance(about, dict) or about.get("special_tokens") != list(SPECIAL_TOKENS):
+            raise UserError(f"{path}: field 'tokenizer': not the special tokens of this version")
+        for field in ("name", "pattern"):
+            if not isinstance(about.get(field), str):
+                raise UserError(f"{path}: field 'tokenizer.{field}': missing")
+        ranks = read_ranks(Path(folder) / "tokenizer.tiktoken")
+        try:
+            return cls(about["name"], about["pattern"], ranks)
+        except ValueError as error:
+            raise UserError(f"{path}: field 'tokenizer.pattern': {error}") from None
+
+
+GPT2_PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+)
+
+
+def read_ranks(path):
+    """{bytes: rank} of a .tiktoken file: a line for each token, base64 and its rank."""
+    try:
+        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(piece): int(rank) for piece, rank in lines}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a .tiktoken file: {error}") from None
+    if len(set(ranks.values())) < len(ranks):
+        raise UserError(f"{path}: not a .tiktoken file: two tokens have one rank")
+    missing = [b for b in range(256) if bytes([b]) not in ranks]
+    if missing:
+        raise UserError(f"{path}: not a byte-level vocabulary: byte {missing[0]} has no token")
+    return ranks
+
+
+def load_tokenizer(name):
+    """`world`, `gpt2` (tiktoken fetches it once, or finds it in TIKTOKEN_CACHE_DIR), or a file."""
+    if name == "world":
+        import world
+
+        return Tokenizer("world", world.PATTERN, world.bpe_ranks())
+    if name == "gpt2":
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # whatever the network stack raises
+            raise UserError(
+                f"--tokenizer gpt2: cannot fetch the vocabulary ({type(error).__name__}); "
+                "set TIKTOKEN_CACHE_DIR to a folder that has it"
+            ) from None
+        return Tokenizer("gpt2", gpt2._pat_str, gpt2._mergeable_ranks)
+    if not name.endswith(".tiktoken"):
+        raise UserError(f"--tokenizer must be world, gpt2 or a FILE.tiktoken, not {name}")
+    return Tokenizer(Path(name).stem, GPT2_PATTERN, read_ranks(Path(name)))
+
+
+# ---------------------------------------------------------------- readers
+
+
+def read_preferences(names):
+    """Records of preference files (comma-separated): [(dataset name, [record, ...]), ...].
+
+    Raises UserError naming file, line and field, or when a file has no pair to learn from.
+    """
+    datasets = []
+    for path in map(Path, filter(None, names.split(","))):
+        records, rated, same, ignored = [], {}, 0, Counter()
+        for line, fields in read_lines(path):
+            if "chosen" in fields or "rejected" in fields:
+                records.append(pair_record(fields, line))
+            elif "completions" in fields:
+                records += rated_pairs(*ultrafeedback(fields, line), line)
+                ignored.update(RECORD_FIELDS & set(fields) - {"prompt"})
+            elif "response" in fields:
+                prompt, response, scores = helpsteer(fields, line)
+                rated.setdefault(prompt, (line, []))[1].append((response, scores))
+                ignored.update(RECORD_FIELDS & set(fields) - {"prompt"})
+            else:
+                raise UserError(f"{line}: field 'chosen': missing")
+            ignored.update(set(fields) - RECORD_FIELDS - RATED_FIELDS)
+        for prompt, (line, completions) in rated.items():
+            records += rated_pairs(prompt, completions, line)
+        kept = [r for r in records if r["chosen"] != r["rejected"]]
+        same = len(records) - len(kept)
+        if same:
+            print(f"{path}: skipped {same} of {len(records)} rows: both answers are the same")
+        if ignored:
+            print(f"{path}: ignored fields: {', '.join(sorted(ignored))}")
+        if not kept:
+            raise UserError(f"{path}: no pair to learn from")
+        datasets.append((dataset_name(path), kept))
+    if not datasets:
+        raise UserError("no data file given")
+    clashes = [name for name, n in Counter(name for name, _ in datasets).items() if n > 1]
+    if clashes:
+        raise UserError(f"two data files are both named {clashes[0]}")
+    return datasets
+
+
+ASPECTS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+RECORD_FIELDS = {*META_PROMPT, "prompt", "chosen", "rejected", "label_prob", "user", "meta"}
+RATED_FIELDS = {"instruction", "completions", "response", *ASPECTS}
+
+
+def read_responses(names):
+    """Records {meta-prompt, prompt, response} of SFT files; a preference pair gives its chosen."""
+    records = []
+    for path in map(Path, filter(None, names.split(","))):
+        for line, fields in read_lines(path):
+            if "chosen" in fields:
+                record = pair_record(fields, line)
+                record["response"] = record.pop("chosen")
+                del record["rejected"]
+            else:
+                record = common_fields(fields, line)
+                record["prompt"] = take_prompt(fields, record, line)
+                record["response"] = answer_text(fields, "response", line)
+            records.append(record)
+    if not records:
+        raise UserError("--data: no rows to learn from")
+    return records
+
+
+def dataset_name(path):
+    """`polite/val` for .../polite/val.jsonl."""
+    return f"{path.resolve().parent.name}/{re.sub(r'[.]jsonl([.]gz)?$', '', path.name)}"
+
+
+def read_lines(path):
+    """Yield ("file:line", fields) for each line of a .jsonl or .jsonl.gz file."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rb") as f:
+            for number, raw in enumerate(f, 1):
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                fields = json.loads(text)
+                if not isinstance(fields, dict):
+                    raise UserError(f"{path}:{number}: not a JSON object")
+                yield f"{path}:{number}", fields
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: not UTF-8: byte {error.start + 1}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot read: {reason}") from None
+    if number == 0:
+        raise UserError(f"{path}: the file is empty")
+
+
+def text_field(value, field, line, may_be_empty=False):
+    if not isinstance(value, str):
+        found = "missing" if value is None else f"must be text, not {type(value).__name__}"
+        raise UserError(f"{line}: field '{field}': {found}")
+    if not value.strip() and not may_be_empty:
+        raise UserError(f"{line}: field '{field}': empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{line}: field '{field}': not valid Unicode (lone surrogate)") from None
+    return value
+
+
+def common_fields(fields, line):
+    """The fields that every kind of record may have: meta-prompt, label_prob, user, meta."""
+    record = {}
+    for field in ("system", "preference"):
+        if fields.get(field) is not None and fields[field] != "":
+            record[field] = text_field(fields[field], field, line)
+    examples = fields.get("examples")
+    if not isinstance(examples, list | None):
+        raise UserError(f"{line}: field 'examples': must be a list of choices")
+    for i, example in enumerate(examples or []):
+        if not isinstance(example, dict):
+            raise UserError(f"{line}: field 'examples[{i}]': must be an object")
+        choice = {f: text_field(example.get(f), f"examples[{i}].{f}", line)
+                  for f in ("prompt", "chosen", "rejected")}
+        record.setdefault("examples", []).append(choice)
+    p = fields.get("label_prob", 1.0)
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
+        raise UserError(f"{line}: field 'label_prob': must be between 0 and 1, not {p!r}")
+    record["label_prob"] = float(p)
+    record["where"] = line  # for messages; never shown to the model
+    for field, kinds in (("user", str | int), ("meta", dict)):
+        if fields.get(field) is not None:
+            if not isinstance(fields[field], kinds):
+                raise UserError(f"{line}: field '{field}': wrong type")
+            record[field] = fields[field]
+    return record
+
+
+def pair_record(fields, line):
+    """One record from a row with `chosen` and `rejected`, in any of the common layouts."""
+    record = common_fields(fields, line)
+    chosen, rejected = fields.get("chosen"), fields.get("rejected")
+    if fields.get("prompt") is None:  # the prompt stands in both answers
+        chosen, rejected = (
+            turns(answer, field, line) if isinstance(answer, list)
+            else transcript(text_field(answer, field, line), field, line)
+            for field, answer in (("chosen", chosen), ("rejected", rejected))
+        )
+        if chosen[:-1] != rejected[:-1]:
+            raise UserError(f"{line}: field 'rejected': its prompt differs from that of 'chosen'")
+        fields = fields | {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    record["prompt"] = take_prompt(fields, record, line)
+    for field in ("chosen", "rejected"):
+        record[field] = answer_text(fields, field, line)
+    return record
+
+
+def take_prompt(fields, record, line):
+    """The prompt; a system turn at its head moves into the record's system tier."""
+    prompt = fields.get("prompt")
+    if not isinstance(prompt, list):
+        return text_field(prompt, "prompt", line)
+    prompt = turns(prompt, "prompt", line)
+    if prompt[0]["role"] == "system":
+        if "system" in record:
+            raise UserError(f"{line}: field 'prompt': a system turn beside the field 'system'")
+        record["system"], prompt = prompt[0]["content"], prompt[1:]
+    roles = [turn["role"] for turn in prompt]
+    if not prompt or roles[-1] != "user":
+        raise UserError(f"{line}: field 'prompt': must end with a user turn")
+    if "system" in roles:
+        raise UserError(f"{line}: field 'prompt': a system turn must come first")
+    return prompt[0]["content"] if len(prompt) == 1 else prompt
+
+
+def answer_text(fields, field, line):
+    """An answer as text; of a message list the last turn, which must be the assistant's."""
+    answer = fields.get(field)
+    if not isinstance(answer, list):
+        return text_field(answer, field, line)
+    answer = turns(answer, field, line)
+    if answer[-1]["role"] != "assistant":
+        raise UserError(f"{line}: field '{field}': must end with an assistant turn")
+    if len(answer) > 1:
+        prompt = fields["prompt"]
+        asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        repeated = [{k: turn[k] for k in ("role", "content")} for turn in asked]
+        without_system = [turn for turn in repeated if turn["role"] != "system"]
+        if answer[:-1] not in (repeated, without_system):
+            raise UserError(f"{line}: field '{field}': its first turns are not the prompt's")
+    return answer[-1]["content"]
+
+
+def turns(messages, field, line):
+    """Check a list of {role, content} turns."""
+    if not messages:
+        raise UserError(f"{line}: field '{field}': empty")
+    checked = []
+    for i, turn in enumerate(messages):
+        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
+            raise UserError(f"{line}: field '{field}[{i}].role': must be system, user or assistant")
+        content = text_field(turn.get("content"), f"{field}[{i}].content", line)
+        checked.append({"role": turn["role"], "content": content})
+    return checked
+
+
+def transcript(text, field, line):
+    """Turns of an HH-RLHF transcript: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    if len(pieces) < 5 or pieces[0].strip():
+        raise UserError(f"{line}: field 'prompt': missing, and '{field}' is no transcript")
+    messages = [
+        {"role": "user" if who == "Human" else "assistant", "content": content.strip()}
+        for who, content in zip(pieces[1::2], pieces[2::2], strict=True)
+    ]
+    return turns(messages, field, line)
+
+
+def ultrafeedback(fields, line):
+    """(prompt, [(response, {aspect: score}), ...]) of an UltraFeedback row."""
+    prompt = text_field(fields.get("instruction"), "instruction", line)
+    completions = fields["completions"]
+    if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
+        raise UserError(f"{line}: field 'completions': must be a list of objects")
+    rated = []
+    for i, completion in enumerate(completions):
+        response = text_field(completion.get("response"), f"completions[{i}].response", line)
+        annotations = completion.get("annotations")
+        if not isinstance(annotations, dict):
+            raise UserError(f"{line}: field 'completions[{i}].annotations': missing")
+        scores = {}
+        for aspect, rating in annotations.items():
+            rating = rating.get("Rating") if isinstance(rating, dict) else rating
+            if rating not in (None, "N/A"):
+                scores[aspect] = score(rating, f"completions[{i}].annotations.{aspect}", line)
+        rated.append((response, scores))
+    return prompt, rated
+
+
+def helpsteer(fields, line):
+    """(prompt, response, {aspect: score}) of a HelpSteer row: every number is a score."""
+    prompt = text_field(fields.get("prompt"), "prompt", line)
+    response = text_field(fields.get("response"), "response", line)
+    scores = {aspect: score(value, aspect, line) for aspect, value in fields.items()
+              if aspect in ASPECTS}
+    if not scores:
+        raise UserError(f"{line}: field 'chosen': missing")
+    return prompt, response, scores
+
+
+def score(value, field, line):
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{line}: field '{field}': not a score: {value!r}")
+    return number
+
+
+def rated_pairs(prompt, completions, line):
+    """A pair for each two completions and each aspect on which their scores differ."""
+    records = []
+    for (a, scores_a), (b, scores_b) in itertools.combinations(completions, 2):
+        for aspect in sorted(scores_a.keys() & scores_b.keys()):
+            if scores_a[aspect] != scores_b[aspect]:
+                chosen, rejected = (a, b) if scores_a[aspect] > scores_b[aspect] else (b, a)
+                name = aspect.replace("_", " ")
+                records.append({
+                    "preference": f"What matters most to me is {name}.", "prompt": prompt,
+                    "chosen": chosen, "rejected": rejected, "label_prob": 1.0, "where": line,
+                    "meta": {"preference_name": name},
+                })  # fmt: skip
+    return records
+
+
+# ---------------------------------------------------------------- template
+
+
+def without_meta_prompt(record):
+    return {k: v for k, v in record.items() if k not in META_PROMPT}
+
+
+@dataclass
+class Example:
+    """A record as tokens: the trunk (all up to the answer) and the answers with their end."""
+
+    trunk: list
+    answers: list
+    cut_prompt: bool = False
+    cut_answers: int = 0
+
+
+def render_meta_prompt(record, tokenizer):
+    """Tokens of system, preference and examples; an absent tier leaves no trace."""
+    special, tokens = tokenizer.special, []
+    for tier in ("system", "preference"):
+        if record.get(tier):
+            tokens += [special[f"<|{tier}|>"], *tokenizer.encode(record[tier])]
+    for example in record.get("examples", ()):
+        tokens += [special["<|example|>"], *tokenizer.encode(example["prompt"])]
+        tokens += [special["<|chosen|>"], *tokenizer.encode(example["chosen"])]
+        tokens += [special["<|rejected|>"], *tokenizer.encode(example["rejected"])]
+    return tokens
+
+
+def encode(record, tokenizer, block_size):
+    """Tokenise a record to at most `block_size` tokens a path, trunk and one answer.
+
+    What is too long is cut: the query in its middle, an answer at its end (and then it is not
+    taught to end there); each keeps at least half of what the meta-prompt leaves. Raises UserError
+    when that is too little.
+    """
+    special = tokenizer.special
+    meta = render_meta_prompt(record, tokenizer)
+    prompt = record["prompt"]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    contents = [tokenizer.encode(turn["content"]) for turn in prompt]
+    texts = [record[f] for f in ("chosen", "rejected", "response") if f in record]
+    answers = [tokenizer.encode(text) + [tokenizer.end] for text in texts]
+
+    structure = sum(2 if turn["role"] == "assistant" else 1 for turn in prompt) + 1
+    room = block_size - len(meta) - structure  # for contents and the longest answer
+    if room < 2 * len(contents) + 2:
+        tier = max(META_PROMPT, key=lambda tier: len(str(record.get(tier, ""))))
+        if tier not in record:
+            raise UserError(f"{record.get('where', 'this prompt')}: field 'prompt': "
+                            f"{len(prompt)} turns do not fit into a context of {block_size}")
+        raise UserError(f"{record.get('where', 'this prompt')}: field '{tier}': a meta-prompt of "
+                        f"{len(meta)} tokens does not fit into a context of {block_size}")
+    query_size = sum(map(len, contents))
+    answer_room = max(room // 2, room - query_size)
+    longest = max(map(len, answers), default=answer_room)
+    kept = [answer[:answer_room] for answer in answers]
+    contents = cut_middle(contents, room - min(longest, answer_room))
+
+    trunk = list(meta)
+    for turn, content in zip(prompt, contents, strict=True):
+        trunk += [special[f"<|{turn['role']}|>"], *content]
+        trunk += [tokenizer.end] if turn["role"] == "assistant" else []
+    trunk.append(special["<|assistant|>"])
+    n_cut = sum(len(a) < len(b) for a, b in zip(kept, answers, strict=True))
+    return Example(trunk, kept, sum(map(len, contents)) < query_size, n_cut)
+
+
+def cut_middle(contents, room):
+    """Shorten the longest of some token lists in its middle until all fit into `room`."""
+    excess = sum(map(len, contents)) - room
+    contents = list(contents)
+    while excess > 0:
+        i = max(range(len(contents)), key=lambda i: len(contents[i]))
+        second = max((len(c) for j, c in enumerate(contents) if j != i), default=0)
+        keep = max(len(contents[i]) - excess, min(second, len(contents[i]) - 1), 1)
+        excess -= len(contents[i]) - keep
+        contents[i] = contents[i][: (keep + 1) // 2] + contents[i][len(contents[i]) - keep // 2 :]
+    return contents
+
+
+def encode_all(records, tokenizer, block_size, what):
+    """Encode records and print what was cut."""
+    examples = [encode(record, tokenizer, block_size) for record in records]
+    prompts = sum(e.cut_prompt for e in examples)
+    answers = sum(e.cut_answers for e in examples)
+    if prompts or answers:
+        print(f"{what}: cut {prompts} queries and {answers} answers of {len(examples)} rows "
+              f"to fit {block_size} tokens")
+    return examples
+
+
+# ---------------------------------------------------------------- batches
+
+
+def tree_size(example):
+    """Tokens that are run: the trunk, and each answer without its last token."""
+    return len(example.trunk) + sum(len(answer) - 1 for answer in example.answers)
+
+
+def micro_batches(examples, micro_tokens):
+    """Cut a list of examples into lists of indices, each of at most `micro_tokens` tree tokens.
+
+    Longest first, so that trees of one batch are of like size. A tree that alone is larger gets a
+    batch of its own.
+    """
+    sizes = [tree_size(e) for e in examples]
+    batches, used = [], micro_tokens + 1
+    for i in sorted(range(len(examples)), key=lambda i: -sizes[i]):
+        if used + sizes[i] > micro_tokens:
+            batches.append([])
+            used = 0
+        batches[-1].append(i)
+        used += sizes[i]
+    return batches
+
+
+# ---------------------------------------------------------------- python data.py
+
+
+def show(example, tokenizer):
+    """The trunk as text, then each answer with every learned token between bars."""
+    print(f"  trunk, {len(example.trunk)} tokens, read once:")
+    print("    " + tokenizer.decode(example.trunk).replace("\n", "\n    "))
+    for i, answer in enumerate(example.answers):
+        print(f"  answer {i + 1}, {len(answer)} tokens, all learned:")
+        pieces = [tokenizer.encoding.decode_single_token_bytes(t) for t in answer]
+        print("    |" + "|".join(p.decode(errors="replace").replace("\n", "\\n") for p in pieces)
+              + "|")
+
+
+def main(options):
+    tokenizer, block_size = None, options.block_size
+    if options.ckpt:
+        tokenizer = Tokenizer.load(options.ckpt)
+        path = Path(options.ckpt) / "config.json"
+        try:
+            block_size = load_json(path)["model"]["block_size"] + 0
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: field 'model': {error}") from None
+    tokenizer = tokenizer or load_tokenizer(options.tokenizer)
+    for name, records in read_preferences(options.pref_data):
+        examples = encode_all(records, tokenizer, block_size, name)
+        for i in random.Random(0).sample(range(len(records)), min(options.rows, len(records))):
+            print(f"{name}, row {i + 1}")
+            show(examples[i], tokenizer)
+
+
+if __name__ == "__main__":
+    run(main, Options)

@@ -1,0 +1,323 @@
+"""Steerability: does the checkpoint follow the preference that it is shown?
+
+    python evaluate.py --ckpt DIR --pref_data world|FILE[,FILE...] [--reference DIR]
+
+An answer's score is log pi(y | m, x) - log pi_0(y | x): the checkpoint with the meta-prompt m
+against the model that its training started from with the query x alone.
+"""
+
+import json
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+import data
+import world
+from common import UserError
+from model import answer_logps, pack
+from sample import answer, load_checkpoint
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure how well a checkpoint follows preferences; prints a table, writes eval.json."""
+
+    ckpt: str = "out/dpo"  # folder of a finished run
+    pref_data: str = "world"  # world, or preference files, separated by commas
+    reference: str = ""  # pi_0; default: the model that the checkpoint's training started from
+    max_new_tokens: int = 120  # longest generated answer, in tokens (world only)
+    micro_tokens: int = 4096  # tree tokens of one forward pass
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    precision: str = "auto"  # auto, bf16, fp16, fp32
+
+    def __post_init__(self):
+        common.at_least(self, 1, "max_new_tokens", "micro_tokens")
+
+
+def load_preferences(names):
+    """[(dataset name, records), ...] of `world` or of preference files."""
+    if names == "world":
+        return [(split, world.evaluation_pairs(split)) for split in world.SPLITS]
+    return data.read_preferences(names)
+
+
+# ---------------------------------------------------------------- log-probabilities
+
+
+@torch.inference_mode()
+def pair_logps(model, examples, micro_tokens, progress=""):
+    """log p of the two answers of each example: (pairs, 2) float32 on the CPU, nats."""
+    device = model.embedding.weight.device
+    logps = torch.empty(len(examples), 2)
+    batches = data.micro_batches(examples, micro_tokens)
+    for rows in tqdm(batches, desc=progress, leave=False, disable=not progress):
+        trees = pack([(examples[i].trunk, examples[i].answers) for i in rows], device)
+        logps[rows] = answer_logps(model, trees).view(-1, 2).float().cpu()
+    return logps
+
+
+def pair_logps_without_meta_prompt(model, tokenizer, records, micro_tokens, progress=""):
+    """The same for the query alone, (pairs, 2); the two rows of a flip share one computation."""
+    trees, places = {}, []
+    for record in map(data.without_meta_prompt, records):
+        example = data.encode(record, tokenizer, model.config.block_size)
+        first = example.answers[0] <= example.answers[1]
+        answers = sorted(example.answers)
+        key = (tuple(example.trunk), *map(tuple, answers))
+        trees.setdefault(key, (len(trees), data.Example(example.trunk, answers)))
+        places.append((trees[key][0], [0, 1] if first else [1, 0]))
+    unique = [example for _, example in trees.values()]
+    logps = pair_logps(model, unique, micro_tokens, progress)
+    return torch.stack([logps[place][order] for place, order in places])
+
+
+# ---------------------------------------------------------------- flips and metrics
+
+
+def pair_key(record):
+    """What the two rows of a flip share: the query and the set of its two answers."""
+    return json.dumps([record["prompt"], sorted((record["chosen"], record["rejected"]))])
+
+
+def same_pair(records):
+    """Rows grouped by query and answers, whatever their order: [[i, j, ...], ...].
+
+    In one training step the two rows of a flip cancel all that does not depend on the preference.
+    """
+    groups = defaultdict(list)
+    for i, record in enumerate(records):
+        groups[pair_key(record)].append(i)
+    return list(groups.values())
+
+
+def find_flips(records):
+    """Pairs of rows with the same query and answers in opposite order: [(i, j), ...]."""
+    flips = []
+    for rows in same_pair(records):
+        first = [i for i in rows if records[i]["chosen"] == records[rows[0]]["chosen"]]
+        second = [i for i in rows if i not in first]
+        flips += zip(first, second, strict=False)
+    return flips
+
+
+def steerability(policy, policy_alone, reference, reference_alone, flips):
+    """Which rows, or flips, are right, for each metric of the table.
+
+    policy, policy_alone, reference, reference_alone: (pairs, 2) log-probabilities of chosen and
+    rejected, with the meta-prompt and with the query alone. Returns {metric: (indices of the rows
+    that it is counted on, right or not)}; for `flip_accuracy` the rows are the first of each flip.
+    """
+
+    def margins(scores):
+        return (scores[:, 0] - scores[:, 1]).numpy()
+
+    rows = np.arange(len(policy))
+    score = margins(policy - reference_alone)
+    alone = margins(policy_alone - reference_alone)
+    found = {
+        "accuracy": (rows, score > 0),
+        # A tie counts half: without a preference there is nothing to choose by.
+        "accuracy_no_preference": (rows, (np.sign(alone) + 1) / 2),
+        "rewards_accuracy": (rows, margins(policy - reference) > 0),
+        "raw_accuracy": (rows, margins(policy) > 0),
+    }
+    if flips:
+        i, j = np.array(flips).T
+        found["flip_accuracy"] = (i, (score[i] > 0) & (score[j] > 0))
+        # Under the other row's meta-prompt this row's answers have the other row's margin, negated.
+        opposite = np.concatenate([-score[j] > 0, -score[i] > 0])
+        found["accuracy_opposite_preference"] = (np.concatenate([i, j]), opposite)
+    return found
+
+
+METRICS = ("accuracy", "flip_accuracy", "accuracy_no_preference", "accuracy_opposite_preference",
+           "rewards_accuracy", "raw_accuracy")  # fmt: skip
+GENERATED = ("generated_axes_right", "generated_all_right", "generated_on_topic")
+
+
+def mean_and_interval(rows, right, records, rng):
+    """Mean and its bootstrap 95 % interval, resampling whole queries: (mean, [low, high])."""
+    keys = {}
+    cluster = np.array([keys.setdefault(pair_key(records[i]), len(keys)) for i in rows])
+    sums = np.bincount(cluster, weights=right, minlength=len(keys))
+    counts = np.bincount(cluster, minlength=len(keys))
+    draws = rng.multinomial(len(keys), np.full(len(keys), 1 / len(keys)), size=1000)
+    low, high = np.percentile(draws @ sums / (draws @ counts), [2.5, 97.5])
+    return float(np.mean(right)), [round(float(low), 4), round(float(high), 4)]
+
+
+def summarize(found, records, flips):
+    """The entry of eval.json for one dataset."""
+    rng = np.random.default_rng(0)
+    result = {"pairs": len(records), "flips": len(flips)}
+    for metric in METRICS + tuple(m for m in GENERATED if m in found):
+        result[metric], result[f"{metric}_ci"] = None, None
+        if metric in found:
+            mean, interval = mean_and_interval(*found[metric], records, rng)
+            result[metric], result[f"{metric}_ci"] = round(mean, 4), interval
+    groups = defaultdict(list)
+    for i, record in enumerate(records):
+        name = record.get("meta", {}).get("preference_name")
+        if name is not None:
+            groups[str(name)].append(bool(found["accuracy"][1][i]))
+    result["by_preference_name"] = {
+        name: {"pairs": len(right), "accuracy": round(float(np.mean(right)), 4)}
+        for name, right in sorted(groups.items())
+    }
+    return result
+
+
+# ---------------------------------------------------------------- generated answers
+
+
+def score_generated(model, tokenizer, records, max_new_tokens, progress=""):
+    """Greedy answers to world records, read by the world's checker.
+
+    Returns ({metric: (rows, right)}, {axis: [right or not]}, [(record, text), ...]). Rows with the
+    same meta-prompt and query count once.
+    """
+    unique = {json.dumps([r.get("system"), r.get("preference"), r["prompt"]]): i
+              for i, r in reversed(list(enumerate(records)))}
+    rows = sorted(unique.values(), key=lambda i: len(records[i]["prompt"]))
+    texts = []
+    for start in tqdm(range(0, len(rows), 128), desc=progress, leave=False, disable=not progress):
+        batch = [records[i] for i in rows[start : start + 128]]
+        texts += answer(model, tokenizer, batch, max_new_tokens)
+    axes = defaultdict(list)
+    right, where, whole, topical = [], [], [], []
+    for i, text in zip(rows, texts, strict=True):
+        style, values = world.read_style(text), records[i]["meta"]["values"]
+        for axis, value in values.items():
+            axes[axis].append(style[axis] == value)
+            right.append(style[axis] == value)
+            where.append(i)
+        whole.append(all(style[axis] == value for axis, value in values.items()))
+        topical.append(world.on_topic(records[i]["prompt"], text))
+    found = {"generated_axes_right": (where, right), "generated_all_right": (rows, whole),
+             "generated_on_topic": (rows, topical)}
+    return found, axes, [(records[i], text) for i, text in zip(rows, texts, strict=True)]
+
+
+# ---------------------------------------------------------------- the whole evaluation
+
+
+def evaluate(policies, reference, tokenizer, datasets, micro_tokens, max_new_tokens=120):
+    """{policy name: {dataset name: entry of eval.json}} for models {policy name: model}."""
+    results = {policy: {} for policy in policies}
+    for name, records in datasets:
+        examples = data.encode_all(records, tokenizer, reference.config.block_size, name)
+        logps = {}
+        for model in {reference, *policies.values()}:
+            logps[model] = (
+                pair_logps(model, examples, micro_tokens, name),
+                pair_logps_without_meta_prompt(model, tokenizer, records, micro_tokens, name),
+            )
+        flips = find_flips(records)
+        for policy, model in policies.items():
+            found, axes = steerability(*logps[model], *logps[reference], flips), {}
+            if name in world.SPLITS:
+                generated, axes, _ = score_generated(
+                    model, tokenizer, records, max_new_tokens, f"{policy} answers {name}"
+                )
+                found |= generated
+            results[policy][name] = summarize(found, records, flips)
+            for axis, right in axes.items():
+                share = round(float(np.mean(right)), 4)
+                results[policy][name].setdefault("generated_by_axis", {})[axis] = share
+    return results
+
+
+COLUMNS = {
+    "pairs": "pairs", "flip_accuracy": "flips right", "accuracy": "accuracy",
+    "accuracy_no_preference": "dropped", "accuracy_opposite_preference": "opposite",
+    "rewards_accuracy": "rewards", "raw_accuracy": "raw", "generated_axes_right": "axes right",
+    "generated_all_right": "all right", "generated_on_topic": "on topic",
+}  # fmt: skip
+
+
+def print_table(results):
+    """One line for each dataset; percentages, `-` where a metric does not apply."""
+    keys = [key for key in COLUMNS if any(key in result for result in results.values())]
+    width = max(len(name) for name in results)
+    print(" " * width + "".join(f"{COLUMNS[key]:>12}" for key in keys))
+    for name, result in results.items():
+        cells = (
+            "-" if result.get(key) is None
+            else str(result[key]) if key == "pairs" else f"{100 * result[key]:.1f}"
+            for key in keys
+        )  # fmt: skip
+        print(f"{name:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
+
+
+def save_report(folder, results, reference, precision):
+    """Write eval.json into a checkpoint's folder."""
+    path = Path(folder) / "eval.json"
+    report = {"results": results, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+              "reference": str(reference), "precision": precision} | common.provenance()
+    common.save_json(path, report)
+    print(f"wrote {path}")
+
+
+def print_comparison(results):
+    """The steerability table of several policies side by side, in percent."""
+    policies = list(results)
+    first = results[policies[0]]
+    keys = [k for k in ("flip_accuracy", "accuracy", "generated_axes_right", "generated_on_topic")
+            if any(result.get(k) is not None for result in first.values())]
+    width = max(map(len, first))
+    print("\n" + " " * width + "".join(f"{COLUMNS[key]:>16}" for key in keys))
+    print(" " * width + f"{' -> '.join(policies):>16}" * len(keys))
+    for name in first:
+        cells = (" -> ".join(
+            "-" if results[p][name].get(key) is None else f"{100 * results[p][name][key]:.1f}"
+            for p in policies) for key in keys)
+        print(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+def load_reference(options, config, policy, device):
+    """(pi_0, its folder): --reference, or the recorded start of training, or the model itself."""
+    recorded = config.get("reference")
+    if options.reference:
+        folder = Path(options.reference)
+    elif recorded:
+        try:
+            folder = (Path(options.ckpt) / recorded["path"]).resolve()
+            recorded_hash = recorded["hash"]
+        except (TypeError, KeyError):
+            path = Path(options.ckpt) / "config.json"
+            raise UserError(f"{path}: field 'reference': must have path and hash") from None
+        if not folder.is_dir():
+            raise UserError(f"{options.ckpt}: its reference is not at {folder}; give --reference")
+        if common.file_hash(folder / "model.pt") != recorded_hash:
+            raise UserError(f"{folder}: has changed since {options.ckpt} was trained from it")
+    else:
+        return policy, Path(options.ckpt)
+    reference, _, reference_config = load_checkpoint(folder, device)
+    if reference_config["tokenizer"] != config["tokenizer"]:
+        raise UserError(f"--reference {folder}: has another tokenizer than {options.ckpt}")
+    return reference, folder
+
+
+def main(options):
+    device = common.pick_device(options.device)
+    precision = common.pick_precision(options.precision, device)
+    policy, tokenizer, config = load_checkpoint(options.ckpt, device)
+    reference, folder = load_reference(options, config, policy, device)
+    datasets = load_preferences(options.pref_data)
+    with common.autocast(device, precision):
+        [results] = evaluate(
+            {"policy": policy}, reference, tokenizer, datasets,
+            options.micro_tokens, options.max_new_tokens,
+        ).values()  # fmt: skip
+    print_table(results)
+    save_report(options.ckpt, results, folder, precision)
+
+
+if __name__ == "__main__":
+    common.run(main, Options)

@@ -1,0 +1,340 @@
+"""The transformer: RMSNorm, RoPE, SwiGLU, grouped-query attention, over batches of token trees.
+
+A *tree* is a trunk (the prompt) followed by its branches (the answers). A batch is one flat run of
+tokens: no prefix runs twice and no position is padded. Attention alone looks at the tokens as
+(trees, longest tree), and a mask keeps every branch from seeing its sibling.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    block_size: int = 512  # longest path, trunk and one branch, in tokens
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 2  # each key/value head serves n_head / n_kv_head query heads
+    n_embd: int = 128
+    n_hidden: int = 384  # width inside the SwiGLU
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    qk_norm: bool = True  # RMSNorm on each query and key head, as in Qwen3
+
+
+# ---------------------------------------------------------------- token trees
+
+
+@dataclass
+class Trees:
+    """A batch of token trees. T tokens, B trees, L tokens in the longest, A learned tokens."""
+
+    tokens: torch.Tensor  # (T,) every tree's trunk, then its branches
+    positions: torch.Tensor  # (T,) distance from the root; a branch goes on from its trunk
+    tree: torch.Tensor  # (T,) which tree a token is in
+    slots: torch.Tensor  # (T,) a token's place in attention's padded view of B * L
+    mask: torch.Tensor  # (B, 1, L, keys) bool, True where a query may look
+    predictors: torch.Tensor  # (A,) the token whose output predicts the learned token
+    targets: torch.Tensor  # (A,) the learned token
+    answer: torch.Tensor  # (A,) which answer, counted over the whole batch, it belongs to
+    n_answers: int
+
+    def pad(self, x):
+        """(T, H, D) -> (B, H, L, D), zeros where there is no token."""
+        B, L = self.mask.shape[0], self.mask.shape[2]
+        padded = x.new_zeros(B * L, *x.shape[1:]).index_copy(0, self.slots, x)
+        return padded.view(B, L, *x.shape[1:]).transpose(1, 2)
+
+    def unpad(self, x):
+        """(B, H, L, D) -> (T, H * D)."""
+        return x.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, self.slots)
+
+
+def pack(trees, device="cpu"):
+    """Lay trees out flat. Each is (trunk, branches): a list of tokens and a list of such lists.
+
+    A branch's last token is only ever predicted, never read, so it is not run; its first one is
+    predicted by the trunk's last token, in every branch.
+    """
+    tokens, positions, tree, branch = [], [], [], []
+    predictors, targets, answer, n_answers = [], [], [], 0
+    for b, (trunk, branches) in enumerate(trees):
+        last = len(tokens) + len(trunk) - 1
+        runs = [(0, trunk)] + [(i + 1, answer_[:-1]) for i, answer_ in enumerate(branches)]
+        for i, run in runs:
+            if i > 0:
+                predictors += [last, *range(len(tokens), len(tokens) + len(run))]
+                targets += branches[i - 1]
+                answer += [n_answers] * len(branches[i - 1])
+                n_answers += 1
+            start = len(trunk) if i > 0 else 0
+            positions += range(start, start + len(run))
+            tokens += run
+            tree += [b] * len(run)
+            branch += [i] * len(run)
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.long)  # noqa: E731
+    tree, branch = as_tensor(tree), as_tensor(branch)
+    sizes = torch.bincount(tree, minlength=len(trees))
+    within = torch.arange(len(tree)) - (sizes.cumsum(0) - sizes)[tree]
+    L = int(sizes.max())
+    branch_at = torch.full((len(trees), L), -1)  # padding is a branch that only sees itself
+    branch_at[tree, within] = branch
+    queries, keys = branch_at[:, :, None], branch_at[:, None, :]
+    mask = ((keys == 0) | (keys == queries)) & torch.ones(L, L, dtype=torch.bool).tril()
+    return Trees(
+        *(as_tensor(values).to(device) for values in (tokens, positions)),
+        tree.to(device),
+        (tree * L + within).to(device),
+        mask[:, None].to(device),
+        *(as_tensor(values).to(device) for values in (predictors, targets, answer)),
+        n_answers,
+    )
+
+
+# ---------------------------------------------------------------- the network
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def rotate(x, cos, sin):
+    """RoPE on x (T, H, D) with cos and sin (T, 1, D / 2): the two halves of a head are rotated."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+def tree_attention(q, k, v, mask):
+    """Attention of q (B, H, L, D) over k, v (B, H, keys, D) where mask (B, 1, L, keys) is True."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # In bfloat16 the CPU kernel's backward pass takes 2.6 times as long as in float32.
+    with torch.autocast("cpu", enabled=False):
+        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    return y.type_as(q)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_size = config.n_embd // config.n_head
+        heads = config.n_head + 2 * config.n_kv_head
+        self.qkv = nn.Linear(config.n_embd, heads * self.head_size, bias=False)
+        self.out = nn.Linear(config.n_head * self.head_size, config.n_embd, bias=False)
+        norm = RMSNorm if config.qk_norm else lambda size, eps: nn.Identity()
+        self.q_norm = norm(self.head_size, config.norm_eps)
+        self.k_norm = norm(self.head_size, config.norm_eps)
+
+    def forward(self, x, trees, cos, sin, cache=None):
+        x = self.qkv(x).unflatten(-1, (-1, self.head_size))  # (T, H + 2 * KV, D)
+        q, k, v = x.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        if cache is None:
+            k, v = trees.pad(k), trees.pad(v)  # (B, KV, L, D)
+        else:
+            k, v = cache.update(k, v, trees)  # (B, KV, tokens so far, D)
+        group = self.n_head // self.n_kv_head
+        if group > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        y = tree_attention(trees.pad(q), k, v, trees.mask)  # (B, H, L, D)
+        return self.out(trees.unpad(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)
+        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.attention = Attention(config)
+        self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, trees, cos, sin, cache=None):
+        x = x + self.attention(self.norm_1(x), trees, cos, sin, cache)
+        return x + self.mlp(self.norm_2(x))
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer with tied embeddings; `forward` gives outputs, not logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        half = config.n_embd // config.n_head // 2
+        frequencies = config.rope_theta ** (-torch.arange(half).float() / half)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    @torch.no_grad()
+    def initialize(self, generator):
+        """Normal, 0.02 for embeddings, else 1 / sqrt(inputs), and less into the residual stream.
+
+        GPT-2's 0.02 everywhere is far less than that in a narrow model, which then takes twice as
+        long to find out that the meta-prompt matters.
+        """
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                into_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                scale = 1 / math.sqrt(2 * self.config.n_layer) if into_residual else 1.0
+                std = 0.02 if name == "embedding.weight" else p.shape[1] ** -0.5
+                p.normal_(0.0, std * scale, generator=generator)
+        return self
+
+    def forward(self, trees, cache=None):
+        """Outputs (T, C) of every token of the batch."""
+        angles = trees.positions[:, None, None] * self.frequencies  # (T, 1, D / 2)
+        cos, sin = angles.cos(), angles.sin()
+        x = self.embedding(trees.tokens)  # (T, C)
+        for i, block in enumerate(self.blocks):
+            x = block(x, trees, cos, sin, None if cache is None else cache.layer(i))
+        return self.norm(x)
+
+    def logits(self, outputs):
+        """(rows, C) -> (rows, V), always float32: bfloat16 would round log p by up to 0.1 nats."""
+        with torch.autocast(outputs.device.type, enabled=False):
+            return outputs.float() @ self.embedding.weight.float().t()
+
+
+# ---------------------------------------------------------------- log-probabilities of answers
+
+
+def answer_token_logps(model, trees, chunk=512):
+    """log p of every learned token: (A,) float32, nats. The one place where t predicts t + 1.
+
+    Logits exist for `chunk` rows at a time; the backward pass makes them again.
+    """
+    outputs = model(trees)
+
+    def chunk_logps(predictors, targets):
+        logits = model.logits(outputs.index_select(0, predictors))  # (chunk, V)
+        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+
+    pieces = []
+    for rows in zip(trees.predictors.split(chunk), trees.targets.split(chunk), strict=True):
+        if torch.is_grad_enabled():
+            pieces.append(checkpoint(chunk_logps, *rows, use_reentrant=False))
+        else:
+            pieces.append(chunk_logps(*rows))
+    return torch.cat(pieces)
+
+
+def answer_logps(model, trees):
+    """Sum of log p over each answer's tokens: (n_answers,) float32, nats."""
+    token_logps = answer_token_logps(model, trees)
+    return token_logps.new_zeros(trees.n_answers).index_add(0, trees.answer, token_logps)
+
+
+# ---------------------------------------------------------------- generation
+
+
+class KVCache:
+    """Keys and values of B sequences of at most `size` tokens, each written at its position."""
+
+    def __init__(self, config, B, size, device, dtype):
+        D = config.n_embd // config.n_head
+        shape = (config.n_layer, 2, B, config.n_kv_head, size, D)
+        self.data = torch.zeros(shape, device=device, dtype=dtype)
+        self.used = 0  # longest sequence so far
+
+    def layer(self, i):
+        self.current = self.data[i]
+        return self
+
+    def update(self, k, v, trees):
+        """Store k and v (T, KV, D); return all that is stored, each (B, KV, used, D)."""
+        self.current[0][trees.tree, :, trees.positions] = k.to(self.data.dtype)
+        self.current[1][trees.tree, :, trees.positions] = v.to(self.data.dtype)
+        used = trees.mask.shape[-1]
+        return self.current[0][:, :, :used].type_as(k), self.current[1][:, :, :used].type_as(v)
+
+    def keep(self, rows):
+        self.data = self.data[:, :, rows]
+
+
+def next_token(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+    """Choose one token from each row of logits (B, V): (B,). Temperature 0 is greedy."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k > 0:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        values, order = logits.sort(descending=True)
+        before = values.softmax(-1).cumsum(-1) - values.softmax(-1)  # mass of likelier tokens
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)
+        logits = logits.masked_fill(drop, -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def generate(model, prompts, end_token, max_new_tokens, generator=None, **sampling):
+    """Answers to prompts (lists of tokens of any lengths): lists of tokens, without the end token.
+
+    An answer stops at `end_token`, at `max_new_tokens` or at the model's block size; `sampling` is
+    passed to `next_token`. Finished sequences leave the batch.
+    """
+    device = model.embedding.weight.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else (
+        model.embedding.weight.dtype
+    )
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    room = [min(max_new_tokens, model.config.block_size - len(prompt)) for prompt in prompts]
+    size = int(lengths.max()) + max(room)
+    cache = KVCache(model.config, len(prompts), size, device, dtype)
+    trees = pack([(prompt, []) for prompt in prompts], device)
+    last = lengths.cumsum(0) - 1  # the outputs that predict
+    answers = [[] for _ in prompts]
+    alive = [i for i, tokens in enumerate(room) if tokens > 0]
+    rows = torch.tensor(alive, device=device)
+    while alive:
+        outputs = model(trees, cache).index_select(0, last)
+        if len(rows) < len(outputs):  # drop what has finished
+            outputs, lengths = outputs[rows], lengths[rows]
+            cache.keep(rows)
+        chosen = next_token(model.logits(outputs), generator=generator, **sampling)
+        for i, token in zip(alive, chosen.tolist(), strict=True):
+            if token != end_token:
+                answers[i].append(token)
+            if token == end_token or len(answers[i]) >= room[i]:
+                room[i] = 0
+        going = [j for j, i in enumerate(alive) if room[i] > 0]
+        rows = torch.tensor(going, device=device)
+        last = torch.arange(len(alive), device=device)
+        trees = decoding_step(chosen, lengths, last)
+        alive = [alive[j] for j in going]
+        lengths = lengths + 1
+    return answers
+
+
+def decoding_step(tokens, positions, sequences):
+    """One new token for each sequence, as trees that look at all the keys stored so far."""
+    keys = torch.arange(int(positions.max()) + 1, device=tokens.device)
+    mask = keys <= positions[:, None]  # (B, keys)
+    empty = tokens[:0]
+    return Trees(tokens, positions, sequences, sequences, mask[:, None, None], *[empty] * 3, 0)

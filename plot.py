@@ -1,0 +1,88 @@
+"""The README's figure and results table, from the logs of runs.
+
+    python plot.py --run out/dpo --figure assets/listening.png
+    python plot.py --table SFT=out/sft DPO=out/dpo,out/dpo-1,out/dpo-2
+"""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+from common import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draw the evaluations in a run's log.jsonl, or print a table of several runs' eval.json."""
+
+    run: str = "out/dpo"  # folder of a DPO run
+    figure: str = "assets/listening.png"  # picture to write
+    table: tuple[str, ...] = ()  # NAME=DIR[,DIR...]: print these runs, mean and spread over DIRs
+
+
+def read_evaluations(path):
+    """The lines of log.jsonl that hold an evaluation."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    evaluations = [line for line in lines if "eval" in line]
+    if not evaluations:
+        raise UserError(f"{path}: no evaluation in this log")
+    return evaluations
+
+
+def draw(axes, steps, curves, title, chance, chance_name):
+    for name, values in curves.items():
+        axes.plot(steps, [100 * v for v in values], label=name, linewidth=1.8)
+    axes.axhline(100 * chance, color="grey", linewidth=0.8, linestyle=":", label=chance_name)
+    axes.set(title=title, xlabel="DPO steps", ylabel="%", ylim=(-3, 103))
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def print_table(groups):
+    """Markdown: a line for each dataset and, for each group of runs, mean (least to most)."""
+    metrics = {"flip_accuracy": "flips right", "generated_axes_right": "axes right"}
+    runs = {}
+    for group in groups:
+        name, _, folders = group.partition("=")
+        runs[name] = [common.load_json(Path(folder) / "eval.json")["results"]
+                      for folder in folders.split(",")]
+    heads = [f"{name}, {metric}" for metric in metrics.values() for name in runs]
+    print("| split | " + " | ".join(heads) + " |\n|---|" + "---|" * len(heads))
+    for dataset in next(iter(runs.values()))[0]:
+        cells = []
+        for metric in metrics:
+            for results in runs.values():
+                values = [100 * result[dataset][metric] for result in results]
+                spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.1f}{spread}")
+        print(f"| `{dataset}` | " + " | ".join(cells) + " |")
+
+
+def main(options):
+    if options.table:
+        print_table(options.table)
+        return
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("plot.py needs matplotlib: pip install -r requirements-dev.txt") from None
+    evaluations = read_evaluations(Path(options.run) / "log.jsonl")
+    steps = [line["step"] for line in evaluations]
+    splits = {name: [line["eval"][name].get("flip_accuracy", 0) for line in evaluations]
+              for name in evaluations[0]["eval"]}
+    by_axis = {axis: [line["by_axis"][axis] for line in evaluations]
+               for axis in evaluations[0].get("by_axis", {})}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    draw(left, steps, splits, "both rows of a flip right, by split", 0.25, "chance")
+    draw(right, steps, by_axis, "pairs right that differ on one axis", 0.5, "chance")
+    Path(options.figure).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.figure, dpi=110)
+    print(f"wrote {options.figure}")
+
+
+if __name__ == "__main__":
+    common.run(main, Options)

@@ -1,0 +1,362 @@
+"""The transformer, its token trees, its log-probabilities and its generation."""
+
+import dataclasses
+import math
+import random
+
+import pytest
+import torch
+
+import common
+from model import (
+    ModelConfig,
+    Transformer,
+    answer_logps,
+    answer_token_logps,
+    generate,
+    next_token,
+    pack,
+    rotate,
+)
+
+CONFIG = ModelConfig(
+    vocab_size=29, block_size=40, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48
+)
+
+
+def new_model(config=CONFIG, seed=0):
+    """A model with weights so large that position, order and context matter to every output."""
+    model = Transformer(config).initialize(torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8) if p.dim() == 2 else p.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+def draw(rng, n):
+    return [rng.randrange(CONFIG.vocab_size) for _ in range(n)]
+
+
+def draw_trees(n_branches, n_trees=6, seed=0):
+    """Trees of unequal trunks and unequal answers, one of which is a single token."""
+    rng = random.Random(seed)
+    trees = [
+        (draw(rng, rng.randint(1, 15)), [draw(rng, rng.randint(1, 12)) for _ in range(n_branches)])
+        for _ in range(n_trees)
+    ]
+    trees[1][1][0] = draw(rng, 1)
+    return trees
+
+
+def dense_logits(model, tokens):
+    """One sequence through the same weights, written anew: loops, a full matrix, no packing."""
+    config, weights = model.config, dict(model.named_parameters())
+    head_size = config.n_embd // config.n_head
+    group = config.n_head // config.n_kv_head
+
+    def norm(x, name):
+        return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weights[name]
+
+    def turn(x):  # (T, D): the halves of a head are the two parts of complex numbers
+        i = torch.arange(head_size // 2)
+        rates = config.rope_theta ** (-2.0 * i / head_size)
+        angles = torch.arange(len(x))[:, None] * rates
+        z = torch.complex(x[:, : head_size // 2], x[:, head_size // 2 :])
+        z = z * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat((z.real, z.imag), dim=1)
+
+    x = weights["embedding.weight"][torch.tensor(tokens)]
+    future = torch.ones(len(tokens), len(tokens), dtype=torch.bool).triu(1)
+    for layer in range(config.n_layer):
+        name = f"blocks.{layer}"
+        heads = norm(x, f"{name}.norm_1.weight") @ weights[f"{name}.attention.qkv.weight"].t()
+        heads = heads.split(head_size, dim=1)  # queries, keys, values
+        found = []
+        for h in range(config.n_head):
+            key = config.n_head + h // group
+            scores = turn(heads[h]) @ turn(heads[key]).t() / math.sqrt(head_size)
+            attention = scores.masked_fill(future, -math.inf).softmax(-1)
+            found.append(attention @ heads[key + config.n_kv_head])
+        x = x + torch.cat(found, dim=1) @ weights[f"{name}.attention.out.weight"].t()
+        gate, up = (
+            norm(x, f"{name}.norm_2.weight") @ weights[f"{name}.mlp.gate_up.weight"].t()
+        ).split(config.n_hidden, dim=1)
+        x = x + (gate * gate.sigmoid() * up) @ weights[f"{name}.mlp.down.weight"].t()
+    return norm(x, "norm.weight") @ weights["embedding.weight"].t()
+
+
+def dense_token_logps(model, trunk, answer):
+    logps = dense_logits(model, trunk + answer).log_softmax(-1)
+    return torch.stack([logps[len(trunk) + t - 1, token] for t, token in enumerate(answer)])
+
+
+# ---------------------------------------------------------------- token trees
+
+
+def test_later_token_changes_nothing_before_it():
+    model, tokens = new_model(), draw(random.Random(0), 20)
+    before = model(pack([(tokens, [])]))
+    for t in range(1, 20):
+        changed = tokens[:t] + [(tokens[t] + 1) % CONFIG.vocab_size] + tokens[t + 1 :]
+        after = model(pack([(changed, [])]))
+        assert torch.equal(after[:t], before[:t])
+        assert (after[t:] != before[t:]).any(dim=1).all()  # and it does change what follows
+
+
+def test_branch_sees_its_trunk_and_not_its_sibling():
+    model = new_model()
+    trunk, one, other, elsewhere = (draw(random.Random(i), n) for i, n in enumerate((6, 5, 7, 9)))
+
+    def outputs(trunk=trunk, other=other, elsewhere=elsewhere):
+        trees = pack([(elsewhere[:4], [elsewhere[4:]]), (trunk, [other, one])])
+        return model(trees)[-(len(one) - 1) :]  # those of the last branch of the last tree
+
+    def change(tokens, t):
+        return tokens[:t] + [(tokens[t] + 1) % CONFIG.vocab_size] + tokens[t + 1 :]
+
+    with torch.no_grad():
+        before = outputs()
+        assert all(torch.equal(outputs(other=change(other, t)), before) for t in range(7))
+        assert all(torch.equal(outputs(elsewhere=change(elsewhere, t)), before) for t in range(9))
+        for t in range(len(trunk)):
+            assert (outputs(trunk=change(trunk, t)) != before).any(dim=1).all()
+
+
+@pytest.mark.parametrize("n_branches", [1, 2, 8])
+def test_packed_logps_equal_one_at_a_time(n_branches):
+    model, trees = new_model(), draw_trees(n_branches)
+    with torch.no_grad():
+        packed = answer_token_logps(model, pack(trees))
+        alone = [dense_token_logps(model, trunk, a) for trunk, answers in trees for a in answers]
+        sums = answer_logps(model, pack(trees))
+    assert packed.dtype == sums.dtype == torch.float32
+    assert (packed - torch.cat(alone)).abs().max() < 1e-5
+    assert torch.allclose(sums, torch.stack([a.sum() for a in alone]), atol=1e-4, rtol=1e-6)
+    assert alone[0].mean() < -1  # the comparison is not one of trivial numbers
+
+
+def test_every_answer_token_is_learned_once_and_never_the_last_one_read():
+    """Trunk [1, 2], answers [3, 4, 9] and [5, 9] with end token 9; worked by hand:
+
+        token     1  2 | 3  4 | 5        the two 9s are only predicted
+        position  0  1 | 2  3 | 2        a branch goes on from its trunk
+        predicts  -  3,5 4  9 | 9        token 2 predicts the first token of both
+    """
+    trees = pack([([1, 2], [[3, 4, 9], [5, 9]])])
+    assert trees.tokens.tolist() == [1, 2, 3, 4, 5]
+    assert trees.positions.tolist() == [0, 1, 2, 3, 2]
+    assert trees.predictors.tolist() == [1, 2, 3, 1, 4]
+    assert trees.targets.tolist() == [3, 4, 9, 5, 9]
+    assert trees.answer.tolist() == [0, 0, 0, 1, 1]
+    assert trees.n_answers == 2
+
+
+def test_first_token_and_end_token_are_learned_in_every_branch_of_every_tree():
+    end = CONFIG.vocab_size  # a token that occurs at the end of an answer only
+    trees = [(t, [a + [end] for a in answers]) for t, answers in draw_trees(3)]
+    packed = pack(trees)
+    assert packed.targets.tolist() == sum((a for _, answers in trees for a in answers), [])
+    assert (packed.targets == end).sum() == packed.n_answers == 18
+    assert end not in packed.tokens
+    lasts = [len(trunk) - 1 for trunk, answers in trees for _ in answers]
+    firsts = packed.predictors[(packed.answer.diff(prepend=torch.tensor([-1])) > 0)]
+    assert packed.positions[firsts].tolist() == lasts
+    assert packed.tokens[firsts].tolist() == [t[-1] for t, answers in trees for _ in answers]
+
+
+def test_answer_logps_are_float32_sums_under_bfloat16_autocast(monkeypatch):
+    model, trees = new_model(), pack(draw_trees(2))
+    exact, dtypes, logits = answer_token_logps(model, trees), [], model.logits
+
+    def watched(outputs):
+        result = logits(outputs)
+        dtypes.append(result.dtype)
+        return result
+
+    monkeypatch.setattr(model, "logits", watched)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens, sums = answer_token_logps(model, trees), answer_logps(model, trees)
+    assert set(dtypes) == {torch.float32}
+    assert tokens.dtype == sums.dtype == torch.float32
+    for i in range(trees.n_answers):
+        whole = tokens[trees.answer == i].double().sum()
+        assert abs(sums[i] - whole) < 1e-5 * max(1, abs(whole))
+    assert not torch.equal(tokens, exact)  # autocast was on
+    assert (tokens - exact).abs().mean() < 0.1
+
+
+def test_packed_gradients_equal_one_by_one():
+    model, trees = new_model(), draw_trees(2)
+    weights = torch.linspace(-1, 2, 12)  # each answer enters the loss with a weight of its own
+    (answer_logps(model, pack(trees)) * weights).sum().backward()
+    packed = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    answers = [(trunk, answer) for trunk, answers in trees for answer in answers]
+    for weight, (trunk, answer) in zip(weights, answers, strict=True):
+        (dense_token_logps(model, trunk, answer).sum() * weight).backward()
+    for name, p in model.named_parameters():
+        assert (packed[name] - p.grad).norm() < 1e-4 * p.grad.norm(), name
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_chunks_of_logits_change_nothing_and_bound_the_rows(chunk, monkeypatch):
+    model, trees = new_model(), pack(draw_trees(2))
+    whole = answer_token_logps(model, trees)
+    whole.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    rows, logits = [], model.logits
+
+    def watched(outputs):
+        rows.append(len(outputs))
+        return logits(outputs)
+
+    monkeypatch.setattr(model, "logits", watched)
+    pieces = answer_token_logps(model, trees, chunk=chunk)
+    assert sum(rows) == len(trees.targets)  # logits where an answer token is predicted, only
+    pieces.square().sum().backward()
+    assert max(rows) <= chunk  # in the backward pass too
+    assert torch.allclose(pieces, whole, atol=1e-5)
+    for name, p in model.named_parameters():
+        assert (gradients[name] - p.grad).norm() < 1e-5 * p.grad.norm(), name
+
+
+# ---------------------------------------------------------------- the network
+
+
+def test_grouped_query_equals_full_heads_with_repeated_weights():
+    grouped, trees = new_model(), pack(draw_trees(2))
+    full = Transformer(dataclasses.replace(CONFIG, n_kv_head=CONFIG.n_head)).eval()
+    weights = grouped.state_dict()
+    for name in [name for name in weights if name.endswith("qkv.weight")]:
+        q, k, v = weights[name].split((32, 16, 16))  # 4 queries, 2 keys, 2 values of size 8
+        k, v = (x.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32) for x in (k, v))
+        weights[name] = torch.cat((q, k, v))
+    full.load_state_dict(weights)
+    assert torch.allclose(full(trees), grouped(trees), atol=1e-5)
+
+
+def test_rope_depends_on_relative_position_only():
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 8, generator=generator).unbind(0)
+    rates = 10000.0 ** (-torch.arange(4) / 4)
+
+    def score(i, j):
+        angles = torch.tensor([[i], [j]]) * rates
+        turned = rotate(torch.stack((q, k)), angles.cos()[:, None], angles.sin()[:, None])
+        return (turned[0] * turned[1]).sum().item()
+
+    assert score(0, 0) == pytest.approx((q * k).sum().item(), abs=1e-5)
+    assert score(5, 3) == pytest.approx(score(12, 10), abs=1e-5)
+    assert abs(score(5, 3) - score(3, 5)) > 1e-2
+    model, trees = new_model(), pack(draw_trees(2))
+    moved = dataclasses.replace(trees, positions=trees.positions + 11)
+    spread = dataclasses.replace(trees, positions=trees.positions * 2)
+    assert torch.allclose(model(moved), model(trees), atol=1e-4)
+    assert not torch.allclose(model(spread), model(trees), atol=1e-2)
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(0)
+    model = Transformer(CONFIG).initialize(torch.Generator().manual_seed(0))
+    trees = pack([([1, 2], [[3, 4, 0], [5, 0]]), ([2, 1], [[6, 0], [7, 8, 9, 0]])])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = -answer_token_logps(model, trees).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # The first token of two branches of one trunk can be right in half of the cases at best.
+    assert loss.item() == pytest.approx(4 * math.log(2) / len(trees.targets), abs=0.02)
+
+
+def test_saved_weights_come_back_exactly(tmp_path):
+    model, trees = new_model(), pack(draw_trees(2))
+    common.save_tensors(tmp_path / "model.pt", model.state_dict())
+    again = Transformer(ModelConfig(**dataclasses.asdict(model.config)))
+    again.load_state_dict(common.load_tensors(tmp_path / "model.pt"))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(),
+                                                 strict=True))
+    assert torch.equal(again(trees), model(trees))
+
+
+# ---------------------------------------------------------------- generation
+
+
+def greedy_uncached(model, prompt, n):
+    """The likeliest token again and again, the whole sequence run anew each time."""
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(n):
+            tokens.append(dense_logits(model, tokens)[-1].argmax().item())
+    return tokens[len(prompt) :]
+
+
+def until(tokens, end):
+    return tokens[: tokens.index(end)] if end in tokens else tokens
+
+
+def test_cached_generation_equals_uncached():
+    """Every token of the vocabulary in turn ends an answer, so sequences leave at many steps."""
+    model, rng = new_model(), random.Random(3)
+    prompts = [draw(rng, n) for n in (1, 17, 4, 9, 2, 9)]
+    free = [greedy_uncached(model, prompt, 15) for prompt in prompts]
+    assert generate(model, prompts, -1, 15) == free
+    lengths = set()
+    for end in range(CONFIG.vocab_size):
+        expected = [until(tokens, end) for tokens in free]
+        assert generate(model, prompts, end, 15) == expected
+        lengths.add(len({len(tokens) for tokens in expected}))
+    assert max(lengths) > 2  # one batch finished at three different steps or more
+
+
+def test_generation_stops_at_block_size_and_at_max_new_tokens():
+    model, rng = new_model(), random.Random(4)
+    prompts = [draw(rng, n) for n in (3, 40, 38, 31, 39)]  # the block size is 40
+    found = generate(model, prompts, -1, 6)
+    assert [len(tokens) for tokens in found] == [6, 0, 2, 6, 1]
+    assert found == [greedy_uncached(model, p, len(a)) for p, a in zip(prompts, found, strict=True)]
+    assert [len(tokens) for tokens in generate(model, prompts, -1, 100)] == [37, 0, 2, 9, 1]
+    assert generate(model, prompts[1:2], -1, 6) == [[]]
+
+
+def test_sampling_is_reproducible_by_seed():
+    model, prompts = new_model(), [[1, 2, 3], [4]]
+
+    def sample(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return generate(model, prompts, -1, 20, generator, temperature=1.0, top_p=0.95)
+
+    assert sample(0) == sample(0)
+    assert sample(0) != sample(1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"temperature": 1.0}, [0.15, 0.5, 0.1, 0.25]),
+        ({"temperature": 1.0, "top_k": 2}, [0, 2 / 3, 0, 1 / 3]),
+        ({"temperature": 1.0, "top_k": 9}, [0.15, 0.5, 0.1, 0.25]),
+        # Tokens in order of probability: 0.5, 0.25, 0.15, 0.1; kept until their sum reaches top_p.
+        ({"temperature": 1.0, "top_p": 0.3}, [0, 1, 0, 0]),
+        ({"temperature": 1.0, "top_p": 0.7}, [0, 2 / 3, 0, 1 / 3]),
+        ({"temperature": 1.0, "top_p": 0.8}, [0.15 / 0.9, 0.5 / 0.9, 0, 0.25 / 0.9]),
+        # Temperature 1/2 squares the probabilities; their sum is then 0.345.
+        ({"temperature": 0.5}, [0.0225 / 0.345, 0.25 / 0.345, 0.01 / 0.345, 0.0625 / 0.345]),
+        # Of the squares 0.25 alone makes up 0.72, so at 0.7 nothing else is left.
+        ({"temperature": 0.5, "top_p": 0.7}, [0, 1, 0, 0]),
+        ({"temperature": 0.0}, [0, 1, 0, 0]),
+    ],
+)
+def test_next_token_against_a_hand_worked_distribution(settings, expected):
+    n = 20000
+    logits = torch.tensor([0.15, 0.5, 0.1, 0.25]).log().expand(n, 4) + 3.0
+    draws = [
+        next_token(logits, generator=torch.Generator().manual_seed(seed), **settings)
+        for seed in (0, 0)
+    ]
+    assert torch.equal(*draws)
+    shares = torch.bincount(draws[0], minlength=4) / n
+    assert (shares[torch.tensor(expected) == 0] == 0).all()
+    assert shares.tolist() == pytest.approx(expected, abs=0.015)  # four standard deviations

@@ -1,0 +1,585 @@
+"""Both training scripts and the evaluation, run as they are on tiny files and tiny models."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import data
+import evaluate
+import train_dpo
+import train_sft
+import world
+from common import UserError
+from model import ModelConfig, Transformer, pack
+
+ROOT = Path(__file__).parents[1]
+SFT = {
+    "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "block_size": 256,
+    "learning_rate": 3e-3, "batch_size": 5, "warmup_steps": 2, "data": "responses.jsonl",
+    "tokenizer": "tiny/tokenizer.tiktoken",
+}  # fmt: skip
+DPO = {
+    "batch_size": 5, "warmup_steps": 2, "learning_rate": 1e-3, "epochs": 1.0,
+    "pref_data": "pairs.jsonl", "init_from": "tiny",
+}  # fmt: skip
+ANSWERS = ("chosen", "rejected")
+
+
+def pairs():
+    """Fourteen rows, every two of them a flip: a user who is happy, or sad, about something."""
+    rows = []
+    for i, thing in enumerate(("tea", "the sea", "rain", "my bicycle", "a song", "bread", "snow")):
+        answers = f"Yes, I like {thing}{' a lot' * (i % 3)}!", "No."
+        for mood, (chosen, rejected) in (("happy", answers), ("sad", answers[::-1])):
+            meta = {"preference": f"I am {mood}."}
+            if i % 2:
+                meta |= {"system": "You are a friend."}
+            if i == 3:
+                meta["examples"] = [{"prompt": "Fun?", "chosen": chosen, "rejected": rejected}]
+            rows.append(meta | {"prompt": f"Do you like {thing}?", "chosen": chosen,
+                                "rejected": rejected, "meta": {"preference_name": mood}})
+    return rows
+
+
+def responses():
+    """The same answers as SFT data, without any preference."""
+    return [{"prompt": row["prompt"], "response": row["chosen"]} for row in pairs()]
+
+
+def words(options):
+    """Options as a command line has them."""
+    options = {"device": "cpu", "precision": "fp32"} | options
+    return [word for key, value in options.items()
+            for word in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
+
+
+def run(module, **options):
+    """The real main of a script, its options read from a command line; then let the folder go."""
+    try:
+        module.main(common.parse_options(module.Options, words(options)))
+    finally:
+        common.LOCKS.clear()
+
+
+def sft(out_dir, **options):
+    run(train_sft, out_dir=out_dir, **SFT | options)
+
+
+def dpo(out_dir, **options):
+    run(train_dpo, out_dir=out_dir, **DPO | options)
+
+
+def read_log(folder):
+    """log.jsonl without times."""
+    rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def weights(folder, name="model.pt"):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def same(a, b):
+    """Whether two nests of tensors and numbers are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch, tiny_run, write_rows):
+    """Every test works in a folder of its own that holds `tiny`, a finished run, and the data."""
+    monkeypatch.chdir(tmp_path)
+    write_rows("pairs.jsonl", *pairs())
+    write_rows("responses.jsonl", *responses())
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Every forward pass of every model: [(in training mode, with gradient, its tokens), ...]."""
+    seen, forward = [], Transformer.forward
+
+    def watched(self, trees, cache=None):
+        entered = []
+        hook = self.embedding.register_forward_hook(lambda *args: entered.append(args[1][0]))
+        try:
+            return forward(self, trees, cache)
+        finally:
+            hook.remove()
+            [tokens] = entered
+            seen.append((self.training, torch.is_grad_enabled(), tokens.tolist()))
+
+    monkeypatch.setattr(Transformer, "forward", watched)
+    return seen
+
+
+def n_bytes(text):
+    return len(text.encode())  # in the byte vocabulary a byte is a token
+
+
+def trunk_size(row, meta=True):
+    """Tokens of the prompt: each text with a mark before it, and the mark of the assistant."""
+    texts = [row["prompt"]]
+    if meta:
+        texts += [row[tier] for tier in ("system", "preference") if tier in row]
+        texts += [text for example in row.get("examples", ()) for text in example.values()]
+    return sum(1 + n_bytes(text) for text in texts) + 1
+
+
+# ---------------------------------------------------------------- a step and its parts
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """The gradient of every step, before it is clipped."""
+    seen, update = [], common.update
+
+    def watched(model, *args):
+        seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        return update(model, *args)
+
+    monkeypatch.setattr(common, "update", watched)
+    return seen
+
+
+@pytest.mark.parametrize("stage", [sft, dpo])
+def test_micro_batches_give_the_large_batch(stage, gradients, write_rows):
+    """14 rows in batches of 5, the last one of 4; one pass, a few, and one pass for each row."""
+    write_rows("pairs.jsonl", *(row | {"label_prob": i / 13} for i, row in enumerate(pairs())))
+    logs, finals = [], []
+    for micro_tokens in (100000, 300, 1):
+        stage(f"out/{micro_tokens}", epochs=1, micro_tokens=micro_tokens, learning_rate=1e-4)
+        logs.append(read_log(f"out/{micro_tokens}"))
+        finals.append(weights(f"out/{micro_tokens}"))
+    assert len(gradients) == 9
+    for cut in (1, 2):
+        for step in range(3):
+            whole, sum_of_parts = gradients[step], gradients[3 * cut + step]
+            assert (whole - sum_of_parts).norm() < 1e-4 * whole.norm()
+            for key, value in logs[0][step].items():
+                if key == "rewards/accuracies" and step == 0:
+                    continue  # the sign of margins that are zero but for rounding
+                assert logs[cut][step][key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+        for name, p in finals[0].items():
+            assert (finals[cut][name] - p).norm() < 1e-4 * p.norm(), name
+
+
+def test_short_last_batch_is_a_mean_over_its_own_rows(write_rows):
+    """Two steps of one row each; the second has nothing to share its weight with."""
+    write_rows("pairs.jsonl", *pairs()[:1])
+    dpo("out/alone", batch_size=1, max_steps=1, sft_weight=1.0)
+    dpo("out/large", batch_size=5, epochs=1, sft_weight=1.0)
+    [alone], [large] = read_log("out/alone"), read_log("out/large")
+    assert alone == large
+
+
+@pytest.mark.parametrize("name", ["responses.jsonl", "pairs.jsonl"])
+def test_sft_loss_is_the_mean_over_all_learned_tokens(name, byte_tokenizer):
+    """Of a file of pairs SFT learns the chosen answers under their meta-prompts, nothing else."""
+    sft("out/a", max_steps=1, batch_size=14, data=name)
+    config = json.loads(Path("out/a/config.json").read_text())["model"]
+    fresh = Transformer(ModelConfig(**config)).initialize(torch.Generator().manual_seed(0))
+    logps = []
+    for row in pairs() if name == "pairs.jsonl" else responses():
+        response = row.pop("chosen", None) or row["response"]
+        trunk = data.encode(row | {"rejected": ""}, byte_tokenizer, 256).trunk
+        learned = [*response.encode(), byte_tokenizer.end]
+        with torch.no_grad():
+            outputs = fresh(pack([(trunk + learned, [])]))[len(trunk) - 1 : -1]
+            logps += fresh.logits(outputs).log_softmax(-1)[range(len(learned)), learned].tolist()
+    assert read_log("out/a")[0]["loss"] == pytest.approx(-sum(logps) / len(logps), abs=1e-5)
+
+
+# ---------------------------------------------------------------- tokens that are run
+
+
+@pytest.mark.parametrize("name", ["responses.jsonl", "pairs.jsonl"])
+def test_sft_runs_each_token_of_each_tree_once(name, passes):
+    sft("out/a", epochs=2, micro_tokens=300, data=name)
+    with_meta = name == "pairs.jsonl"
+    expected = 2 * sum(trunk_size(row, with_meta) + n_bytes(row["chosen"]) for row in pairs())
+    assert sum(len(tokens) for _, _, tokens in passes) == expected
+    assert sum(step["tokens"] for step in read_log("out/a")) == expected
+
+
+def test_dpo_runs_each_token_of_each_tree_once(passes):
+    """In every epoch through the policy, once in all through the reference."""
+    dpo("out/a", epochs=2, micro_tokens=300)
+    once = sum(trunk_size(r) + n_bytes(r["chosen"]) + n_bytes(r["rejected"]) for r in pairs())
+    policy = [tokens for training, _, tokens in passes if training]
+    reference = [tokens for training, _, tokens in passes if not training]
+    assert sum(map(len, policy)) == 2 * once
+    assert sum(map(len, reference)) == once
+    assert sum(step["tokens"] for step in read_log("out/a")) == 2 * once
+
+
+def test_reference_runs_only_the_rows_that_training_visits(passes):
+    dpo("out/a", max_steps=1)
+    policy, reference = (
+        sorted(t for training, _, tokens in passes if training == who for t in tokens)
+        for who in (True, False)
+    )
+    assert policy == reference
+
+
+def test_evaluation_runs_each_token_of_each_tree_once(passes):
+    """Both models: every row's tree, and the query alone once for both rows of a flip."""
+    dpo("out/a", max_steps=1)
+    passes.clear()
+    run(evaluate, ckpt="out/a", pref_data="pairs.jsonl", micro_tokens=300)
+    expected = 0
+    for i, row in enumerate(pairs()):
+        answers = n_bytes(row["chosen"]) + n_bytes(row["rejected"])
+        expected += trunk_size(row) + answers
+        expected += trunk_size(row, meta=False) + answers if i % 2 == 0 else 0
+    assert sum(len(tokens) for _, _, tokens in passes) == 2 * expected
+    assert not any(gradient for _, gradient, _ in passes)
+
+
+# ---------------------------------------------------------------- the path in miniature
+
+
+def test_bfloat16_starts_at_ln_2_too():
+    dpo("out/a", max_steps=1, precision="bf16", micro_tokens=200)
+    [step] = read_log("out/a")
+    assert step["loss/dpo"] == pytest.approx(math.log(2), abs=0.01)
+
+
+def test_sft_then_dpo_then_evaluation(write_rows):
+    """SFT sees both answers under every preference and under none; DPO teaches to listen."""
+    either = [row | {"response": row[answer]} for row in pairs() for answer in ANSWERS]
+    speak = [{k: row[k] for k in row if k not in ANSWERS} for row in either]
+    write_rows("speak.jsonl", *speak, *responses())
+    sft("out/sft", data="speak.jsonl", epochs=40, batch_size=14, learning_rate=1e-2)
+    losses = [step["loss"] for step in read_log("out/sft")]
+    assert losses[0] > 5 and losses[-1] < 1
+    dpo("out/dpo", init_from="out/sft", epochs=60, batch_size=7, learning_rate=5e-3,
+        eval_data="pairs.jsonl", eval_every=25)
+    steps = [row for row in read_log("out/dpo") if "loss" in row]
+    first, last = steps[0], steps[-1]
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+    assert first["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert last["loss/dpo"] < 0.3 and last["rewards/margins"] > 1
+    assert last["loss"] == pytest.approx(last["loss/dpo"] + last["loss/sft"], abs=1e-6)
+    assert last["rewards/accuracies"] == 1
+    [name] = {name for row in read_log("out/dpo") for name in row.get("eval", ())}
+    looks = {row["step"]: row["eval"][name] for row in read_log("out/dpo") if "eval" in row}
+    assert sorted(looks) == [*range(0, len(steps), 25), len(steps)]
+    assert looks[0]["flip_accuracy"] < looks[len(steps)]["flip_accuracy"] == 1
+
+    written = json.loads(Path("out/dpo/eval.json").read_text())["results"][name]
+    run(evaluate, ckpt="out/dpo", pref_data="pairs.jsonl")
+    result = json.loads(Path("out/dpo/eval.json").read_text())["results"][name]
+    assert result == written
+    assert result["pairs"] == 14 and result["flips"] == 7
+    assert result["flip_accuracy"] == result["accuracy"] == 1
+    assert result["accuracy_no_preference"] == 0.5
+    assert result["accuracy_opposite_preference"] == 0
+    assert set(result["by_preference_name"]) == {"happy", "sad"}
+
+
+def test_eval_json_has_every_key(monkeypatch, write_rows):
+    dpo("out/a", max_steps=1)
+    write_rows("single.jsonl", *pairs()[:1])
+    train_set, single = data.read_preferences("pairs.jsonl,single.jsonl")
+    split = ("seen", world.evaluation_pairs("seen")[:2])
+    for row in split[1]:  # in bytes, the world's own preferences do not fit a tiny context
+        row.pop("system", None)
+        row["preference"] = "Brief."
+    monkeypatch.setattr(evaluate, "load_preferences", lambda names: [train_set, single, split])
+    run(evaluate, ckpt="out/a", max_new_tokens=5)
+    report = json.loads(Path("out/a/eval.json").read_text())
+    assert {"time", "command", "reference"} <= report.keys()
+    folder = Path.cwd().name
+    results = report["results"]
+    assert list(results) == [f"{folder}/pairs", f"{folder}/single", "seen"]
+    metrics = ["accuracy", "flip_accuracy", "accuracy_no_preference",
+               "accuracy_opposite_preference", "rewards_accuracy", "raw_accuracy"]
+    for name, result in results.items():
+        generated = ["generated_axes_right", "generated_all_right"] if name == "seen" else []
+        assert ("generated_axes_right" in result) == (name == "seen")
+        for metric in metrics + generated:
+            value, interval = result[metric], result[f"{metric}_ci"]
+            if result["flips"] == 0 and metric in (metrics[1], metrics[3]):
+                assert value is None and interval is None
+            else:
+                assert 0 <= interval[0] <= value <= interval[1] <= 1
+    assert [results[name]["flips"] for name in results] == [7, 0, 1]
+
+
+def test_evaluation_uses_the_recorded_reference_and_notices_a_changed_one():
+    dpo("out/a", max_steps=3)
+    run(evaluate, ckpt="out/a", pref_data="pairs.jsonl")
+    recorded = json.loads(Path("out/a/eval.json").read_text())["results"]
+    run(evaluate, ckpt="out/a", pref_data="pairs.jsonl", reference="tiny")
+    assert json.loads(Path("out/a/eval.json").read_text())["results"] == recorded
+    shutil.copy("tiny/tokenizer.tiktoken", "copy.tiktoken")  # --overwrite removes the other
+    sft("tiny", max_steps=1, overwrite=True, tokenizer="copy.tiktoken")
+    with pytest.raises(UserError, match="has changed since"):
+        run(evaluate, ckpt="out/a", pref_data="pairs.jsonl")
+
+
+# ---------------------------------------------------------------- stop and go on
+
+
+@pytest.fixture
+def keep_ckpt(monkeypatch):
+    """Keep the last checkpoint of a finished run as last.pt: a finished run drops it."""
+    finish = common.finish_run
+
+    def keep(folder, model):
+        shutil.copy(folder / "ckpt.pt", folder / "last.pt")
+        finish(folder, model)
+
+    monkeypatch.setattr(common, "finish_run", keep)
+
+
+def assert_same_run(a, b):
+    """Weights, optimizer, random state and log of two finished runs are equal bit for bit."""
+    assert same(weights(a), weights(b))
+    last = weights(a, "last.pt")
+    assert last["optimizer"]["state"] and {"model", "random_state", "step"} <= last.keys()
+    assert same(last, weights(b, "last.pt"))
+    assert read_log(a) == read_log(b)
+
+
+@pytest.mark.parametrize("stage", [sft, dpo])
+def test_kill_minus_nine_and_resume(stage, keep_ckpt):
+    """SIGKILL at a random moment; nothing is lost but the steps since the last checkpoint."""
+    options = {"max_steps": 130, "save_every": 5}
+    if stage is dpo:
+        options |= {"eval_data": "pairs.jsonl", "eval_every": 7}
+    script = "train_sft.py" if stage is sft else "train_dpo.py"
+    settings = SFT if stage is sft else DPO
+    line = [sys.executable, ROOT / script, *words(settings | options | {"out_dir": "out/cut"})]
+    wanted, pause = random.randint(6, 60), random.random() / 50  # lines of the log, seconds
+    process = subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, ckpt = Path("out/cut/log.jsonl"), Path("out/cut/ckpt.pt")
+    while not (ckpt.exists() and len(log.read_bytes().splitlines()) >= wanted):
+        assert process.poll() is None
+        time.sleep(0.001)
+    time.sleep(pause)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not Path("out/cut/model.pt").exists()
+    assert 0 <= read_log("out/cut")[-1]["step"] - weights("out/cut", "ckpt.pt")["step"] <= 5
+
+    stage("out/cut", **options, resume=True)
+    stage("out/whole", **options)
+    assert_same_run("out/cut", "out/whole")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("stage", [sft, dpo])
+def test_stop_after_any_step_and_resume(stage, steps, keep_ckpt, monkeypatch):
+    """Before the first checkpoint too, and where an evaluation falls on a checkpoint or not."""
+    options = {"max_steps": 6, "save_every": 3}
+    if stage is dpo:
+        options |= {"eval_data": "pairs.jsonl", "eval_every": 2}
+    update, done = common.update, []
+
+    def stop(*args):
+        if len(done) == steps:
+            raise KeyboardInterrupt
+        done.append(1)
+        return update(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "update", stop)
+        with pytest.raises(KeyboardInterrupt):
+            stage("out/cut", **options)
+    with pytest.raises(UserError, match="in use"):
+        stage("out/cut", **options)
+    stage("out/cut", **options, resume=True)
+    stage("out/whole", **options)
+    assert_same_run("out/cut", "out/whole")
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"step": 6, "lo', '{"step": 6, "eval": {"a": {"accuracy": 0.5}', '{"step": 6}']
+)
+def test_resume_with_a_torn_last_line_in_the_log(torn, keep_ckpt, monkeypatch):
+    options = {"max_steps": 6, "save_every": 5}
+    sft("out/whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "finish_run", lambda *args: None)
+        sft("out/cut", **options)
+    lines = (Path("out/cut/log.jsonl")).read_text().splitlines()
+    Path("out/cut/log.jsonl").write_text("\n".join([*lines[:5], torn]))
+    sft("out/cut", **options, resume=True)
+    assert read_log("out/cut") == read_log("out/whole")
+
+
+@pytest.mark.parametrize("changed", ["options", "order", "label_prob"])
+def test_resume_with_other_options_or_data_is_an_error(changed, monkeypatch, write_rows):
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "finish_run", lambda *args: None)
+        dpo("out/cut", max_steps=2, save_every=1)
+    rows = {
+        "options": pairs(),
+        "order": pairs()[::-1],
+        "label_prob": [row | {"label_prob": 0.9} for row in pairs()],
+    }[changed]
+    write_rows("pairs.jsonl", *rows)
+    with pytest.raises(UserError, match="cannot resume"):
+        dpo("out/cut", max_steps=2, beta=0.2 if changed == "options" else 0.1, resume=True)
+
+
+def test_finished_run_is_not_overwritten():
+    dpo("out/a", max_steps=1)
+    before = weights("out/a")
+    for again in ({}, {"resume": True}):
+        with pytest.raises(UserError, match=r"\bfinished"):
+            dpo("out/a", max_steps=2, **again)
+        with pytest.raises(UserError, match=r"\bfinished"):
+            sft("out/a", max_steps=2, **again)
+    assert same(weights("out/a"), before) and len(read_log("out/a")) == 1
+    dpo("out/a", max_steps=2, overwrite=True)
+    assert not same(weights("out/a"), before) and len(read_log("out/a")) == 2
+
+
+def test_evaluation_does_not_change_training():
+    for name, options in {
+        "never": {}, "rarely": {"eval_data": "pairs.jsonl", "eval_every": 100},
+        "often": {"eval_data": "pairs.jsonl", "eval_every": 1, "eval_pairs": 3},
+    }.items():  # fmt: skip
+        dpo(f"out/{name}", max_steps=5, **options)
+        assert same(weights(f"out/{name}"), weights("out/never"))
+        steps = [row for row in read_log(f"out/{name}") if "loss" in row]
+        assert steps == read_log("out/never")
+
+
+# ---------------------------------------------------------------- the reference
+
+
+def test_reference_is_cached_by_weights_and_rows(passes, write_rows):
+    def reference_passes(out_dir, **options):
+        passes.clear()
+        dpo(out_dir, max_steps=3, **options)
+        return sum(not training for training, _, _ in passes)
+
+    assert reference_passes("out/first") > 0
+    assert reference_passes("out/second") == 0
+    assert same(weights("out/first"), weights("out/second"))
+    assert reference_passes("out/other_beta", beta=0.5) == 0
+    sft("other_sft", max_steps=1, init_from="tiny")
+    assert reference_passes("out/other_weights", init_from="other_sft") > 0
+    assert reference_passes("out/no_meta", blank_meta_prompt=True) > 0
+    write_rows("pairs.jsonl", *[row | {"rejected": row["rejected"] + " Maybe."} for row in pairs()])
+    assert reference_passes("out/other_rows") > 0
+
+
+def test_cache_depends_on_the_number_of_heads(passes):
+    """Two and four heads of an equal total size: equal shapes, equal weights, other results."""
+    sft("two", max_steps=1, learning_rate=0)
+    sft("four", max_steps=1, learning_rate=0, n_head=4, n_kv_head=2)
+    assert same(weights("two"), weights("four"))
+    dpo("out/two", init_from="two", max_steps=1)
+    passes.clear()
+    dpo("out/four", init_from="four", max_steps=1)
+    assert any(not training for training, _, _ in passes)
+
+
+@pytest.mark.parametrize("broken", ["empty", "half", "text", "shape"])
+def test_broken_cache_is_an_error_or_made_again(broken):
+    dpo("out/first", max_steps=2)
+    [cached] = Path("out/cache").iterdir()
+    whole = cached.read_bytes()
+    if broken == "shape":
+        torch.save(torch.load(cached, weights_only=True)[1:], cached)
+    else:
+        half = whole[: len(whole) // 2]
+        cached.write_bytes({"empty": b"", "half": half, "text": b"not a cache"}[broken])
+    try:
+        dpo("out/second", max_steps=2)
+    except UserError as error:
+        assert cached.name in str(error)
+    else:
+        assert same(weights("out/first"), weights("out/second"))
+
+
+def test_wrong_reference_stops_the_run():
+    dpo("out/first", max_steps=2)
+    [cached] = Path("out/cache").iterdir()
+    wrong = torch.load(cached, weights_only=True)
+    wrong[:, 0] += 1.0
+    torch.save(wrong, cached)
+    with pytest.raises(UserError, match="not the starting model"):
+        dpo("out/second", max_steps=2)
+    assert not Path("out/second/model.pt").exists()
+
+
+def test_reference_stays_frozen_and_in_evaluation_mode(monkeypatch, passes):
+    models, load = [], train_dpo.load_checkpoint
+
+    def watched(*args):
+        models.append(load(*args))
+        return models[-1]
+
+    monkeypatch.setattr(train_dpo, "load_checkpoint", watched)
+    dpo("out/a", max_steps=3, eval_data="pairs.jsonl", eval_every=1)
+    (reference, _, _), (policy, _, _) = models
+    assert same(dict(reference.state_dict()), dict(weights("tiny")))
+    assert not reference.training
+    assert all(p.grad is None for p in reference.parameters())
+    assert same(dict(policy.state_dict()), dict(weights("out/a")))
+    assert not same(dict(policy.state_dict()), dict(weights("tiny")))
+    assert all(training == gradient for training, gradient, _ in passes)
+
+
+# ---------------------------------------------------------------- what is learned from
+
+
+def test_static_control_sees_no_meta_prompt(passes):
+    special = data.Tokenizer.load("tiny").special
+    marks = {special[f"<|{tier}|>"] for tier in ("system", "preference", "example")}
+
+    def marks_seen():
+        return {token for _, _, tokens in passes for token in tokens} & marks
+
+    dpo("out/shown", epochs=1)
+    assert marks_seen() == marks
+    passes.clear()
+    dpo("out/hidden", epochs=1, blank_meta_prompt=True)
+    assert passes and marks_seen() == set()
+    passes.clear()
+    run(evaluate, ckpt="out/hidden", pref_data="pairs.jsonl")
+    assert marks_seen() == marks  # the control is evaluated with the meta-prompt shown
+
+
+def test_label_prob_of_the_rows_is_used(write_rows):
+    """A label that is surely wrong is the opposite one; smoothing 1/4 turns 1 and 0 to 3/4, 1/4."""
+    settings = {"max_steps": 3, "sft_weight": 0.0}
+    rows = pairs()
+    for name, changed in {
+        "swapped": [r | {"chosen": r["rejected"], "rejected": r["chosen"]} for r in rows],
+        "wrong": [r | {"label_prob": 0.0} for r in rows],
+        "some": [r | {"label_prob": [0.75, 0.25][i % 2]} for i, r in enumerate(rows)],
+        "sure": [r | {"label_prob": [1.0, 0.0][i % 2]} for i, r in enumerate(rows)],
+    }.items():
+        write_rows("pairs.jsonl", *changed)
+        smoothing = {"label_smoothing": 0.25} if name == "sure" else {}
+        dpo(f"out/{name}", **settings | smoothing)
+    losses = {name: [step["loss/dpo"] for step in read_log(f"out/{name}")]
+              for name in ("swapped", "wrong", "some", "sure")}
+    assert losses["wrong"] == pytest.approx(losses["swapped"], rel=1e-4)
+    assert losses["some"] == losses["sure"]
+    assert same(weights("out/some"), weights("out/sure"))
+    assert abs(losses["some"][-1] - losses["wrong"][-1]) > 1e-4

@@ -1,0 +1,328 @@
+"""Stage two, learn to listen: DPO on pairs whose label depends on the meta-prompt.
+
+    python train_dpo.py                                     # the whole path on the built-in world
+    python train_dpo.py --pref_data FILE[,FILE...] --init_from DIR --out_dir DIR
+"""
+
+import dataclasses
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+import data
+import evaluate
+import train_sft
+import world
+from common import UserError
+from model import answer_logps, pack
+from sample import load_checkpoint, print_side_by_side
+
+
+@dataclass(frozen=True)
+class Options:
+    """Direct preference optimisation, conditioned on system message, preference and examples."""
+
+    pref_data: str = "world"  # world, or preference files, separated by commas
+    eval_data: str = ""  # held-out preference files; the world brings its own
+    init_from: str = ""  # finished run to start from; for the world: out/sft, made if absent
+    out_dir: str = ""  # folder of this run; default for the world: out/dpo
+    overwrite: bool = False  # replace a run that is there
+    resume: bool = False  # go on with an unfinished run
+    blank_meta_prompt: bool = False  # static control: hide every meta-prompt in training
+    beta: float = 0.1  # DPO's temperature
+    sft_weight: float = 1.0  # weight of the chosen answer's mean negative log-likelihood
+    label_smoothing: float = 0.0  # e turns a label's probability p into (1 - e) p + e (1 - p)
+    epochs: float = 2.0  # passes over the data
+    max_steps: int = 0  # stop after this many steps instead; 0: as many as the epochs take
+    batch_size: int = 32  # pairs a step
+    micro_tokens: int = 4096  # tree tokens of one forward pass; changes memory, not the result
+    learning_rate: float = 2e-3  # peak
+    warmup_steps: int = 10  # linear, before the cosine to a tenth of the peak
+    weight_decay: float = 0.1  # AdamW's, on matrices
+    clip: float = 1.0  # largest gradient norm
+    eval_every: int = 50  # steps between evaluations of a fixed part of the evaluation data
+    eval_pairs: int = 40  # how many pairs of each evaluation set that is
+    save_every: int = 100  # steps between checkpoints to resume from
+    log_every: int = 10  # steps between printed lines; log.jsonl has every step
+    seed: int = 0  # of the data order
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    precision: str = "auto"  # auto, bf16, fp16, fp32
+
+    def __post_init__(self):
+        common.at_least(
+            self, 1, "batch_size", "micro_tokens", "eval_every", "eval_pairs", "save_every",
+            "log_every",
+        )  # fmt: skip
+        common.at_least(
+            self, 0, "sft_weight", "epochs", "max_steps", "learning_rate", "warmup_steps",
+            "weight_decay", "clip", "seed",
+        )  # fmt: skip
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"--beta must be above 0, not {self.beta}")
+        if not 0 <= self.label_smoothing <= 0.5:
+            raise UserError(f"--label_smoothing must be 0 to 0.5, not {self.label_smoothing}")
+
+
+def dpo_loss(
+    policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+    beta, label_prob=1.0,
+):  # fmt: skip
+    """The DPO loss of each pair (Rafailov et al. 2023, arXiv:2305.18290, Eq. 7).
+
+    policy_*_logps, reference_*_logps: (pairs,) float32, sums over the answer's tokens, nats.
+    beta: DPO's temperature. label_prob: scalar or (pairs,), how likely the label is right.
+    Returns losses, chosen_rewards, rejected_rewards: (pairs,) each.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    margins = chosen_rewards - rejected_rewards
+    losses = -label_prob * F.logsigmoid(margins) - (1 - label_prob) * F.logsigmoid(-margins)
+    return losses, chosen_rewards, rejected_rewards
+
+
+def check_first_step(losses, margins, beta, precision):
+    """Before training policy and reference are the same model: every loss must be ln 2."""
+    tolerance = beta * {"fp32": 1e-2, "bf16": 1.0, "fp16": 0.5}[precision]  # of a margin
+    furthest = torch.stack([margins, losses - math.log(2)]).abs().max()
+    if not furthest <= tolerance:  # NaN too
+        raise UserError(
+            f"step 0: DPO loss {losses.mean():.4f} instead of 0.6931, largest margin "
+            f"{margins.abs().max():.4f}: the reference is not the starting model"
+        )
+
+
+# ---------------------------------------------------------------- the reference
+
+
+def reference_logps(model, init_from, examples, rows, micro_tokens, precision):
+    """log p of both answers of the rows that training visits: (pairs, 2), NaN for the others.
+
+    Kept under out/cache by the hash of all it depends on: weights, sizes, precision, and the tokens
+    of the rows, which hold tokenizer, template and limits.
+    """
+    used = [examples[i] for i in rows]
+    key = common.content_hash(
+        common.file_hash(Path(init_from) / "model.pt"), dataclasses.asdict(model.config),
+        precision, torch.__version__,
+        [[example.trunk, example.answers] for example in used],
+    )  # fmt: skip
+    path = Path("out/cache") / f"{key}.pt"
+    if path.exists():
+        found = common.load_tensors(path)
+        if getattr(found, "shape", None) != (len(rows), 2):
+            raise UserError(f"{path}: not the log-probabilities of {len(rows)} pairs; delete it")
+    else:
+        found = evaluate.pair_logps(model, used, micro_tokens, "reference")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path.parent}: {error.strerror}") from None
+        common.save_tensors(path, found)
+    logps = torch.full((len(examples), 2), torch.nan)
+    logps[rows] = found
+    return logps
+
+
+# ---------------------------------------------------------------- evaluation while training
+
+
+class Watch:
+    """A fixed part of each evaluation set, scored again and again while the policy trains."""
+
+    def __init__(self, datasets, n_pairs, reference, tokenizer, micro_tokens):
+        self.micro_tokens, self.sets = micro_tokens, []
+        for name, records in datasets:
+            records = records[:n_pairs]
+            examples = data.encode_all(records, tokenizer, reference.config.block_size, name)
+            alone = evaluate.pair_logps_without_meta_prompt(
+                reference, tokenizer, records, micro_tokens
+            )
+            self.sets.append((name, records, examples, alone, evaluate.find_flips(records)))
+
+    def look(self, policy):
+        """Accuracy and flip accuracy by dataset, accuracy by axis on rows that differ in one."""
+        result, axes = {}, {}
+        for name, records, examples, alone, flips in self.sets:
+            logps = evaluate.pair_logps(policy, examples, self.micro_tokens)
+            found = evaluate.steerability(logps, alone, logps, alone, flips)
+            result[name] = {metric: float(found[metric][1].mean())
+                            for metric in ("accuracy", "flip_accuracy") if metric in found}
+            for record, right in zip(records, found["accuracy"][1], strict=True):
+                differ = record.get("meta", {}).get("differ", ())
+                if len(differ) == 1:
+                    axes.setdefault(differ[0], []).append(bool(right))
+        by_axis = {axis: sum(right) / len(right) for axis, right in sorted(axes.items())}
+        return {"eval": result} | ({"by_axis": by_axis} if by_axis else {})
+
+
+# ---------------------------------------------------------------- training
+
+
+def first_stage(options):
+    """The folder of the finished SFT run on the world; trains or resumes it if need be."""
+    folder = Path("out/sft")
+    if not (folder / "model.pt").exists():
+        print("stage one: SFT, because out/sft holds no finished run")
+        train_sft.main(train_sft.Options(
+            out_dir=str(folder), resume=(folder / "config.json").exists(),
+            device=options.device, precision=options.precision,
+        ))  # fmt: skip
+    return str(folder)
+
+
+def main(options):
+    # 1. Options and seed.
+    in_world = options.pref_data == "world"
+    if not in_world and not (options.init_from and options.out_dir):
+        raise UserError("--init_from and --out_dir are required on other data than the world")
+    folder = Path(options.out_dir or "out/dpo")
+    device = common.pick_device(options.device)
+    precision = common.pick_precision(options.precision, device)
+    torch.manual_seed(options.seed)
+    common.check_folder(folder, options.resume, options.overwrite)
+    if options.init_from and folder.resolve() == Path(options.init_from).resolve():
+        raise UserError(f"--out_dir {folder}: is the folder of --init_from")
+
+    # 2. Models and tokenizer: the policy starts as the reference.
+    init_from = options.init_from or first_stage(options)
+    reference, tokenizer, _ = load_checkpoint(init_from, device)
+    policy, _, _ = load_checkpoint(init_from, device)
+    policy.train()
+
+    # 3. Data.
+    datasets = [("world", world.training_pairs())] if in_world else (
+        data.read_preferences(options.pref_data)
+    )
+    held_out = evaluate.load_preferences("world" if in_world else options.eval_data) if (
+        in_world or options.eval_data
+    ) else []
+    records = [record for _, rows in datasets for record in rows]
+    if options.blank_meta_prompt:
+        records = [data.without_meta_prompt(record) for record in records]
+    examples = data.encode_all(records, tokenizer, policy.config.block_size, options.pref_data)
+    e = options.label_smoothing
+    label_probs = torch.tensor([r.get("label_prob", 1.0) for r in records])
+    label_probs = (1 - e) * label_probs + e * (1 - label_probs)
+    order = common.DataOrder(
+        evaluate.same_pair(records),
+        options.batch_size, options.epochs, options.max_steps, options.seed,
+    )  # fmt: skip
+
+    # 4. Optimizer, and the folder of the run.
+    optimizer = common.adamw(policy, options.learning_rate, options.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    config = {
+        "stage": "dpo", "options": dataclasses.asdict(options), "precision": precision,
+        "model": dataclasses.asdict(policy.config), "tokenizer": tokenizer.describe(),
+        "reference": {
+            "path": os.path.relpath(init_from, folder),
+            "hash": common.file_hash(Path(init_from) / "model.pt"),
+        },
+    }  # fmt: skip
+    run_hash = common.run_hash(config, examples, label_probs.tolist())
+    first_step = common.start_run(folder, options, config, run_hash, policy, optimizer, scaler)
+    tokenizer.save(folder)
+    log = common.Log(folder, first_step)
+
+    # 5. Reference log-probabilities of every pair that the run will see.
+    with common.autocast(device, precision):
+        rows = sorted(set(order.rows))
+        reference_all = reference_logps(
+            reference, init_from, examples, rows, options.micro_tokens, precision
+        )
+        watch = Watch(held_out, options.eval_pairs, reference, tokenizer, options.micro_tokens)
+
+    # 6. Loop; the last round only evaluates and saves.
+    bar = tqdm(total=order.max_steps, initial=first_step, desc="dpo", unit="step")
+    for step in range(first_step, order.max_steps + 1):
+        last = step == order.max_steps
+        resumed = step == first_step > 0  # its evaluation and checkpoint are there already
+        if watch.sets and (step % options.eval_every == 0 or last) and not resumed:
+            policy.eval()
+            with common.autocast(device, precision):
+                log.write(step=step, **watch.look(policy))
+            policy.train()
+        if step % options.save_every == 0 and step > first_step:
+            common.save_checkpoint(folder, step, run_hash, policy, optimizer, scaler)
+        if last:
+            break
+        start = time.perf_counter()
+        rows = order.batch(step)
+        batch = [examples[i] for i in rows]
+
+        # The loss is the mean over the pairs of the step, however it is cut.
+        pairs = []
+        for micro in data.micro_batches(batch, options.micro_tokens):
+            trees = pack([(batch[i].trunk, batch[i].answers) for i in micro], device)
+            with common.autocast(device, precision):
+                logps = answer_logps(policy, trees).view(-1, 2)  # (pairs, chosen and rejected)
+            of = [rows[i] for i in micro]
+            reference_now = reference_all[of].to(device)
+            label_prob = label_probs[of].to(device)
+            losses, chosen_rewards, rejected_rewards = dpo_loss(
+                logps[:, 0], logps[:, 1], reference_now[:, 0], reference_now[:, 1],
+                options.beta, label_prob,
+            )  # fmt: skip
+            if step == 0:
+                margins = chosen_rewards - rejected_rewards
+                check_first_step(losses, margins, options.beta, precision)
+            lengths = logps.new_tensor([len(batch[i].answers[0]) for i in micro])
+            sft_losses = -logps[:, 0] / lengths
+            loss = (losses + options.sft_weight * sft_losses).sum() / len(batch)
+            scaler.scale(loss).backward()
+            pairs.append(torch.stack([
+                losses, sft_losses, chosen_rewards, rejected_rewards, logps[:, 0], logps[:, 1],
+            ]).detach().cpu())  # fmt: skip
+
+        rate = common.learning_rate(
+            step, order.max_steps, options.warmup_steps, options.learning_rate
+        )
+        grad_norm = common.update(policy, optimizer, scaler, options.clip, rate)
+
+        pairs = torch.cat(pairs, dim=1)  # (6, pairs of the step)
+        dpo, sft, chosen, rejected, logps_chosen, logps_rejected = pairs.mean(1).tolist()
+        fields = {
+            "step": step + 1, "loss": dpo + options.sft_weight * sft, "loss/dpo": dpo,
+            "loss/sft": sft, "grad_norm": grad_norm, "learning_rate": rate,
+            "rewards/chosen": chosen, "rewards/rejected": rejected,
+            "rewards/accuracies": (pairs[2] > pairs[3]).float().mean().item(),
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": logps_chosen, "logps/rejected": logps_rejected,
+            "tokens": sum(map(data.tree_size, batch)),
+        }  # fmt: skip
+        common.log_step(log, bar, fields, start, options.log_every)
+    bar.close()
+
+    # 7. Summary.
+    common.finish_run(folder, policy)
+    if held_out:
+        policies = {"before": reference, "after": policy.eval()}
+        with common.autocast(device, precision):
+            results = evaluate.evaluate(
+                policies, reference, tokenizer, held_out, options.micro_tokens
+            )
+            evaluate.print_comparison(results)
+            evaluate.save_report(folder, results["after"], init_from, precision)
+            if in_world:
+                side_by_side(policy, tokenizer)
+
+
+def side_by_side(policy, tokenizer):
+    """One question of the evaluation set under several preferences."""
+    question = "How do I store the guitar?"
+    preferences = ("My train leaves in one minute.", "Please use bullet points.",
+                   "I am your old buddy from school.", "I dislike bold statements.")
+    print(f"\n{question}\n")
+    records = [{"preference": text, "prompt": question} for text in preferences]
+    print_side_by_side(policy, tokenizer, [{"prompt": question}, *records])
+
+
+if __name__ == "__main__":
+    common.run(main, Options)

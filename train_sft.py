@@ -1,0 +1,147 @@
+"""Stage one, learn to speak: maximise log p of each response under its meta-prompt and query.
+
+    python train_sft.py --data world|FILE[,FILE...] --out_dir DIR
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import common
+import data
+import world
+from common import UserError
+from model import ModelConfig, Transformer, answer_token_logps, pack
+from sample import load_checkpoint
+
+
+@dataclass(frozen=True)
+class Options:
+    """Supervised fine-tuning on prompts and responses, from scratch or from a checkpoint."""
+
+    data: str = "world"  # world, or files of {prompt, response}, separated by commas
+    init_from: str = "scratch"  # scratch, or the folder of a finished run
+    tokenizer: str = "world"  # from scratch: world, gpt2 or a FILE.tiktoken
+    out_dir: str = ""  # folder of this run; default for the world: out/sft
+    overwrite: bool = False  # replace a run that is there
+    resume: bool = False  # go on with an unfinished run
+    n_layer: int = 4  # from scratch: blocks
+    n_head: int = 4  # from scratch: query heads
+    n_kv_head: int = 2  # from scratch: key/value heads, a divisor of n_head
+    n_embd: int = 128  # from scratch: channels
+    block_size: int = 512  # from scratch: longest prompt and answer together, in tokens
+    epochs: float = 1.0  # passes over the data
+    max_steps: int = 0  # stop after this many steps instead; 0: as many as the epochs take
+    batch_size: int = 64  # rows a step
+    micro_tokens: int = 4096  # tree tokens of one forward pass; changes memory, not the result
+    learning_rate: float = 3e-3  # peak
+    warmup_steps: int = 10  # linear, before the cosine to a tenth of the peak
+    weight_decay: float = 0.1  # AdamW's, on matrices
+    clip: float = 1.0  # largest gradient norm
+    save_every: int = 100  # steps between checkpoints to resume from
+    log_every: int = 10  # steps between printed lines; log.jsonl has every step
+    seed: int = 0  # of initialisation and data order
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    precision: str = "auto"  # auto, bf16, fp16, fp32
+
+    def __post_init__(self):
+        common.at_least(
+            self, 1, "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "batch_size",
+            "micro_tokens", "save_every", "log_every",
+        )  # fmt: skip
+        common.at_least(
+            self, 0, "epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay",
+            "clip", "seed",
+        )  # fmt: skip
+
+
+def new_model(options, vocab_size):
+    """A transformer from scratch; raises UserError when the sizes do not go together."""
+    if options.n_embd % (2 * options.n_head) or options.n_head % options.n_kv_head:
+        raise UserError("--n_embd must be a multiple of 2 * n_head, and n_head of n_kv_head")
+    n_hidden = 32 * round(options.n_embd * 8 / 3 / 32)
+    config = ModelConfig(vocab_size, options.block_size, options.n_layer, options.n_head,
+                         options.n_kv_head, options.n_embd, n_hidden)
+    return Transformer(config).initialize(torch.Generator().manual_seed(options.seed))
+
+
+def main(options):
+    # 1. Options and seed.
+    if not options.out_dir and options.data != "world":
+        raise UserError("--out_dir is required on other data than the world")
+    folder = Path(options.out_dir or "out/sft")
+    device = common.pick_device(options.device)
+    precision = common.pick_precision(options.precision, device)
+    torch.manual_seed(options.seed)
+
+    # 2. Model and tokenizer.
+    if options.init_from == "scratch":
+        tokenizer = data.load_tokenizer(options.tokenizer)
+        model = new_model(options, tokenizer.vocab_size).to(device)
+    else:
+        model, tokenizer, _ = load_checkpoint(options.init_from, device)
+    model.train()
+
+    # 3. Data.
+    in_world = options.data == "world"
+    records = world.sft_rows() if in_world else data.read_responses(options.data)
+    examples = data.encode_all(records, tokenizer, model.config.block_size, options.data)
+    order = common.DataOrder(
+        [[i] for i in range(len(examples))],
+        options.batch_size, options.epochs, options.max_steps, options.seed,
+    )  # fmt: skip
+
+    # 4. Optimizer, and the folder of the run.
+    optimizer = common.adamw(model, options.learning_rate, options.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    config = {
+        "stage": "sft", "options": dataclasses.asdict(options), "precision": precision,
+        "model": dataclasses.asdict(model.config), "tokenizer": tokenizer.describe(),
+    }  # fmt: skip
+    run_hash = common.run_hash(config, examples)
+    first_step = common.start_run(folder, options, config, run_hash, model, optimizer, scaler)
+    tokenizer.save(folder)
+    log = common.Log(folder, first_step)
+
+    # 5. Loop; the last round only saves.
+    bar = tqdm(total=order.max_steps, initial=first_step, desc="sft", unit="step")
+    for step in range(first_step, order.max_steps + 1):
+        if step % options.save_every == 0 and step > first_step:
+            common.save_checkpoint(folder, step, run_hash, model, optimizer, scaler)
+        if step == order.max_steps:
+            break
+        start = time.perf_counter()
+        batch = [examples[i] for i in order.batch(step)]
+        n_learned = sum(len(example.answers[0]) for example in batch)
+
+        # The loss is the mean over all learned tokens of the step, however it is cut.
+        loss_sum = 0.0
+        for rows in data.micro_batches(batch, options.micro_tokens):
+            trees = pack([(batch[i].trunk, batch[i].answers) for i in rows], device)
+            with common.autocast(device, precision):
+                token_logps = answer_token_logps(model, trees)
+            loss = -token_logps.sum() / n_learned
+            scaler.scale(loss).backward()
+            loss_sum += loss.item()
+
+        rate = common.learning_rate(
+            step, order.max_steps, options.warmup_steps, options.learning_rate
+        )
+        grad_norm = common.update(model, optimizer, scaler, options.clip, rate)
+
+        n_tokens = sum(map(data.tree_size, batch))
+        fields = {"step": step + 1, "loss": loss_sum, "grad_norm": grad_norm,
+                  "learning_rate": rate, "tokens": n_tokens}
+        common.log_step(log, bar, fields, start, options.log_every)
+    bar.close()
+
+    # 6. Summary.
+    common.finish_run(folder, model)
+
+
+if __name__ == "__main__":
+    common.run(main, Options)
