@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight, self.eps).type_as(x)
 
 
 def rotate(x, cos, sin):
@@ -215,32 +214,57 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def logits(self, outputs):
-        """(rows, C) -> (rows, V), always float32: bfloat16 would round log p by up to 0.1 nats."""
-        with torch.autocast(outputs.device.type, enabled=False):
-            return outputs.float() @ self.embedding.weight.float().t()
+        """(rows, C) -> (rows, V), always float32."""
+        return float_logits(outputs, self.embedding.weight)
+
+
+def float_logits(outputs, weight):
+    """outputs (rows, C) by weight (V, C): (rows, V) float32; bfloat16 would round log p by 0.1."""
+    with torch.autocast(outputs.device.type, enabled=False):
+        return outputs.float() @ weight.float().t()
 
 
 # ---------------------------------------------------------------- log-probabilities of answers
 
 
-def answer_token_logps(model, trees, chunk=512):
-    """log p of every learned token: (A,) float32, nats. The one place where t predicts t + 1.
+class TokenLogps(torch.autograd.Function):
+    """log softmax of the logits at the targets: (A,) float32, nats.
 
-    Logits exist for `chunk` rows at a time; the backward pass makes them again.
+    outputs: (A, C); weight: (V, C); targets: (A,). Logits exist for `chunk` rows at a time, in the
+    forward pass and, made again, in the backward pass; all of them never do.
     """
-    outputs = model(trees)
 
-    def chunk_logps(predictors, targets):
-        logits = model.logits(outputs.index_select(0, predictors))  # (chunk, V)
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+    @staticmethod
+    def forward(ctx, outputs, weight, targets, chunk):
+        logps, normalizers = torch.empty(2, len(targets), device=outputs.device)
+        for i in range(0, len(targets), chunk):
+            rows = slice(i, i + chunk)
+            logits = float_logits(outputs[rows], weight)
+            normalizers[rows] = logits.logsumexp(1)
+            logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - normalizers[rows]
+        ctx.save_for_backward(outputs, weight, targets, normalizers)
+        ctx.chunk = chunk
+        return logps
 
-    pieces = []
-    for rows in zip(trees.predictors.split(chunk), trees.targets.split(chunk), strict=True):
-        if torch.is_grad_enabled():
-            pieces.append(checkpoint(chunk_logps, *rows, use_reentrant=False))
-        else:
-            pieces.append(chunk_logps(*rows))
-    return torch.cat(pieces)
+    @staticmethod
+    def backward(ctx, grad):
+        outputs, weight, targets, normalizers = ctx.saved_tensors
+        grad_outputs, grad_weight = torch.empty_like(outputs), torch.zeros_like(weight)
+        for i in range(0, len(targets), ctx.chunk):
+            rows = slice(i, i + ctx.chunk)
+            # d log p / d logits = (1 at the target, else 0) - softmax
+            grad_logits = float_logits(outputs[rows], weight).sub_(normalizers[rows, None]).exp_()
+            grad_logits.mul_(-grad[rows, None])
+            grad_logits.scatter_add_(1, targets[rows, None], grad[rows, None])
+            grad_outputs[rows] = grad_logits @ weight.float()
+            grad_weight += grad_logits.t() @ outputs[rows].float()
+        return grad_outputs, grad_weight, None, None
+
+
+def answer_token_logps(model, trees, chunk=512):
+    """log p of every learned token: (A,) float32, nats. The one place where t predicts t + 1."""
+    outputs = model(trees).index_select(0, trees.predictors)  # (A, C)
+    return TokenLogps.apply(outputs, model.embedding.weight, trees.targets, chunk)
 
 
 def answer_logps(model, trees):

@@ -29,9 +29,9 @@ class Options:
     out_dir: str = ""  # folder of this run; default for the world: out/sft
     overwrite: bool = False  # replace a run that is there
     resume: bool = False  # go on with an unfinished run
-    n_layer: int = 4  # from scratch: blocks
+    n_layer: int = 3  # from scratch: blocks
     n_head: int = 4  # from scratch: query heads
-    n_kv_head: int = 2  # from scratch: key/value heads, a divisor of n_head
+    n_kv_head: int = 4  # from scratch: key/value heads, a divisor of n_head
     n_embd: int = 128  # from scratch: channels
     block_size: int = 512  # from scratch: longest prompt and answer together, in tokens
     epochs: float = 1.0  # passes over the data
@@ -39,7 +39,7 @@ class Options:
     batch_size: int = 64  # rows a step
     micro_tokens: int = 4096  # tree tokens of one forward pass; changes memory, not the result
     learning_rate: float = 3e-3  # peak
-    warmup_steps: int = 10  # linear, before the cosine to a tenth of the peak
+    warmup_steps: int = 10  # linear, before the cosine to a fiftieth of the peak
     weight_decay: float = 0.1  # AdamW's, on matrices
     clip: float = 1.0  # largest gradient norm
     save_every: int = 100  # steps between checkpoints to resume from

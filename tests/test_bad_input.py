@@ -191,11 +191,6 @@ def test_no_file_at_all(refused, tiny_run):
     assert "data file" in refused(evaluate, "--ckpt", tiny_run, "--pref_data", ",")
 
 
-def test_two_files_of_examples(refused, tiny_run, write_rows):
-    both = f"{write_rows('a.jsonl', PAIR)},{write_rows('b.jsonl', PAIR)}"
-    refused(sample, "--ckpt", tiny_run, "--prompt", "Tea?", "--examples", both, "--device", "cpu")
-
-
 DAMAGES = ("truncated", "no gzip", "flipped bits", "broken block", "checksum")
 
 

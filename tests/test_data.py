@@ -487,24 +487,34 @@ def all_batches(order):
     return [order.batch(step) for step in range(order.max_steps)]
 
 
+def rows_alone(n):
+    return [[i] for i in range(n)]
+
+
+def test_rows_of_a_group_stay_together():
+    rows = DataOrder([[0, 1], [2, 3], [4, 5]], 6, 4, 0, 0).rows
+    assert all(b == a + 1 for a, b in zip(rows[::2], rows[1::2], strict=True))
+    assert sorted(rows) == sorted(list(range(6)) * 4)
+
+
 def test_the_same_seed_gives_the_same_order_whatever_else_is_drawn():
     torch.manual_seed(1)
-    first = all_batches(DataOrder(50, 8, 3, 0, 7))
+    first = all_batches(DataOrder(rows_alone(50), 8, 3, 0, 7))
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    again = DataOrder(50, 8, 3, 0, 7)
+    again = DataOrder(rows_alone(50), 8, 3, 0, 7)
     assert torch.equal(torch.get_rng_state(), state)
     # A resumed run asks for the later steps only.
     assert [again.batch(step) for step in range(10, again.max_steps)] == first[10:]
-    assert all_batches(DataOrder(50, 8, 3, 0, 8)) != first
+    assert all_batches(DataOrder(rows_alone(50), 8, 3, 0, 8)) != first
     # How long the run is does not change how it begins.
-    assert all_batches(DataOrder(50, 8, 9, 0, 7))[: len(first) - 1] == first[:-1]
+    assert all_batches(DataOrder(rows_alone(50), 8, 9, 0, 7))[: len(first) - 1] == first[:-1]
 
 
 def test_an_epoch_takes_each_row_once():
-    order = DataOrder(10, 4, 2, 0, 0)
+    order = DataOrder(rows_alone(10), 4, 2, 0, 0)
     rows = [i for batch in all_batches(order) for i in batch]
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and rows[:10] != rows[10:]
     assert [len(batch) for batch in all_batches(order)] == [4] * 5
-    assert len(all_batches(DataOrder(10, 4, 0.5, 0, 0))) == 2  # 5 rows
-    assert [len(batch) for batch in all_batches(DataOrder(10, 4, 1, 6, 0))] == [4] * 6
+    assert len(all_batches(DataOrder(rows_alone(10), 4, 0.5, 0, 0))) == 2  # 5 rows
+    assert [len(batch) for batch in all_batches(DataOrder(rows_alone(10), 4, 1, 6, 0))] == [4] * 6

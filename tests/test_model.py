@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import common
+import model as model_file
 from model import (
     ModelConfig,
     Transformer,
@@ -75,7 +76,9 @@ def dense_logits(model, tokens):
         found = []
         for h in range(config.n_head):
             key = config.n_head + h // group
-            scores = turn(heads[h]) @ turn(heads[key]).t() / math.sqrt(head_size)
+            q = turn(norm(heads[h], f"{name}.attention.q_norm.weight"))
+            k = turn(norm(heads[key], f"{name}.attention.k_norm.weight"))
+            scores = q @ k.t() / math.sqrt(head_size)
             attention = scores.masked_fill(future, -math.inf).softmax(-1)
             found.append(attention @ heads[key + config.n_kv_head])
         x = x + torch.cat(found, dim=1) @ weights[f"{name}.attention.out.weight"].t()
@@ -167,14 +170,14 @@ def test_first_token_and_end_token_are_learned_in_every_branch_of_every_tree():
 
 def test_answer_logps_are_float32_sums_under_bfloat16_autocast(monkeypatch):
     model, trees = new_model(), pack(draw_trees(2))
-    exact, dtypes, logits = answer_token_logps(model, trees), [], model.logits
+    exact, dtypes, logits = answer_token_logps(model, trees), [], model_file.float_logits
 
-    def watched(outputs):
-        result = logits(outputs)
+    def watched(outputs, weight):
+        result = logits(outputs, weight)
         dtypes.append(result.dtype)
         return result
 
-    monkeypatch.setattr(model, "logits", watched)
+    monkeypatch.setattr(model_file, "float_logits", watched)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         tokens, sums = answer_token_logps(model, trees), answer_logps(model, trees)
     assert set(dtypes) == {torch.float32}
@@ -206,13 +209,13 @@ def test_chunks_of_logits_change_nothing_and_bound_the_rows(chunk, monkeypatch):
     whole.square().sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    rows, logits = [], model.logits
+    rows, logits = [], model_file.float_logits
 
-    def watched(outputs):
+    def watched(outputs, weight):
         rows.append(len(outputs))
-        return logits(outputs)
+        return logits(outputs, weight)
 
-    monkeypatch.setattr(model, "logits", watched)
+    monkeypatch.setattr(model_file, "float_logits", watched)
     pieces = answer_token_logps(model, trees, chunk=chunk)
     assert sum(rows) == len(trees.targets)  # logits where an answer token is predicted, only
     pieces.square().sum().backward()
