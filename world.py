@@ -12,7 +12,7 @@ from functools import cache
 from random import Random
 
 SEED = 20241021
-TRAIN_ROWS, SFT_ROWS, EVAL_ROWS = 6000, 6400, 200  # EVAL_ROWS for each split
+TRAIN_ROWS, SFT_ROWS, EVAL_ROWS = 8000, 9000, 200  # EVAL_ROWS for each split
 TIE = 0.1  # in this share of the SFT rows a stated axis follows the meta-prompt on purpose
 META_SHARE = 0.2  # how many SFT rows have a meta-prompt at all
 
@@ -310,7 +310,7 @@ def draw_axes(rng, held_out=False, sizes=(1, 1, 2, 3)):
     sets = [s for s in itertools.combinations(AXES, rng.choice(sizes))
             if any(pair <= set(s) for pair in HELD_OUT_AXES) == held_out]
     # The later in the answer an axis shows, the longer it takes to learn, so it occurs more often.
-    return rng.choices(sets, [1 + ("ending" in s) + ("certainty" in s) for s in sets])[0]
+    return rng.choices(sets, [1 + 2 * ("ending" in s) + ("length" in s) for s in sets])[0]
 
 
 # ---------------------------------------------------------------- questions and answers
@@ -518,7 +518,7 @@ def two_orders(split, content, axes, metas, styles):
 def training_pairs():
     """The preference data for DPO: TRAIN_ROWS records."""
     rng, rows = Random(f"{SEED} train"), []
-    kinds, weights = ("seen", "implied", "priority", "several_systems"), (9, 5, 6, 1)
+    kinds, weights = ("seen", "implied", "priority", "several_systems"), (10, 3, 6, 1)
     while len(rows) < TRAIN_ROWS:
         kind = rng.choices(kinds, weights)[0]
         rows += several_systems(rng) if kind == "several_systems" else flip(rng, kind)
