@@ -309,8 +309,9 @@ def draw_axes(rng, held_out=False, sizes=(1, 1, 2, 3)):
     """Axes to mention at once: a set that training uses, or one that it never does."""
     sets = [s for s in itertools.combinations(AXES, rng.choice(sizes))
             if any(pair <= set(s) for pair in HELD_OUT_AXES) == held_out]
-    # The later in the answer an axis shows, the longer it takes to learn, so it occurs more often.
-    return rng.choices(sets, [1 + 2 * ("ending" in s) + ("length" in s) for s in sets])[0]
+    # Some axes take longer to learn, `ending` the longest, so they occur more often.
+    slow = {"ending": 3, "certainty": 2, "length": 1}
+    return rng.choices(sets, [2 + sum(slow.get(axis, 0) for axis in s) for s in sets])[0]
 
 
 # ---------------------------------------------------------------- questions and answers
