@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -88,6 +89,8 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("must be auto, cpu, cuda, cuda:N or mps")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {first_line(error)}") from None
     return device
@@ -155,9 +158,14 @@ class DataOrder:
 RUN_FILES = ("config.json", "log.jsonl", "ckpt.pt", "model.pt", "eval.json", "tokenizer.tiktoken")
 
 
-def check_folder(folder, resume, overwrite):
+def check_folder(folder, resume, overwrite, init_from=""):
     """Raises UserError when the folder holds something and no option says what to do with it."""
-    names = {path.name for path in folder.iterdir()} - {".lock"} if folder.is_dir() else set()
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    if init_from and folder.resolve() == Path(init_from).resolve():
+        raise UserError(f"--out_dir {folder}: is the folder of the starting model")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {name for name in names if name != ".lock" and not name.endswith(".tmp")}
     if "model.pt" in names and resume:
         raise UserError(f"{folder}: this run is finished, there is nothing to resume")
     if "model.pt" in names and not overwrite:
@@ -201,7 +209,7 @@ def lock(folder):
 
 def write_atomically(path, write):
     """Call write(temporary path), then rename, so that `path` is either old or whole."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -264,7 +272,7 @@ def provenance():
     except OSError:
         commit = ""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    return {"command": " ".join(sys.argv), "versions": versions, "git_commit": commit}
+    return {"command": shlex.join(sys.argv), "versions": versions, "git_commit": commit}
 
 
 # ---------------------------------------------------------------- training state
@@ -280,11 +288,16 @@ def adamw(model, peak, weight_decay):
 
 
 def update(model, optimizer, scaler, clip, rate):
-    """One optimizer step at this learning rate, gradients clipped: their norm before clipping."""
+    """One optimizer step at this learning rate, gradients clipped: their norm before clipping.
+
+    Raises UserError when the gradient is not finite (with fp16 the scaler skips such a step).
+    """
     for group in optimizer.param_groups:
         group["lr"] = rate
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    if not scaler.is_enabled() and not norm.isfinite():
+        raise UserError("the gradient is not finite: lower --learning_rate")
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -320,7 +333,7 @@ def load_checkpoint(folder, run_hash, model, optimizer, scaler):
 
 def run_hash(config, examples, label_probs=()):
     """What a resumed run must share with the one that it goes on with."""
-    how = {"out_dir", "overwrite", "resume", "save_every", "log_every", "device"}
+    how = {"out_dir", "overwrite", "resume", "save_every", "log_every", "device", "micro_tokens"}
     options = {k: v for k, v in config["options"].items() if k not in how}
     rows = [[example.trunk, example.answers] for example in examples]
     return content_hash(config | {"options": options}, rows, list(label_probs))

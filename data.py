@@ -51,8 +51,6 @@ class Tokenizer:
     def __init__(self, name, pattern, ranks):
         self.name, self.pattern, self.ranks = name, pattern, ranks
         first = max(ranks.values()) + 1
-        if name == "gpt2":
-            first += 1  # 50256 is GPT-2's own end of text
         self.special = {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.encoding = tiktoken.Encoding(
             name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special
@@ -108,8 +106,8 @@ def read_ranks(path):
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path}: not a .tiktoken file: {error}") from None
-    if len(set(ranks.values())) < len(ranks):
-        raise UserError(f"{path}: not a .tiktoken file: two tokens have one rank")
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(f"{path}: not a .tiktoken file: the ranks are not 0, 1, 2, ...")
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing:
         raise UserError(f"{path}: not a byte-level vocabulary: byte {missing[0]} has no token")
@@ -146,7 +144,7 @@ def read_preferences(names):
     """
     datasets = []
     for path in map(Path, filter(None, names.split(","))):
-        records, rated, same, ignored = [], {}, 0, Counter()
+        records, rated, ignored = [], {}, set()
         for line, fields in read_lines(path):
             if "chosen" in fields or "rejected" in fields:
                 records.append(pair_record(fields, line))
@@ -428,6 +426,10 @@ class Example:
     cut_prompt: bool = False
     cut_answers: int = 0
 
+    @property
+    def tree(self):
+        return self.trunk, self.answers
+
 
 def render_meta_prompt(record, tokenizer):
     """Tokens of system, preference and examples; an absent tier leaves no trace."""
@@ -551,8 +553,8 @@ def main(options):
         tokenizer = Tokenizer.load(options.ckpt)
         path = Path(options.ckpt) / "config.json"
         try:
-            block_size = load_json(path)["model"]["block_size"] + 0
-        except (KeyError, TypeError) as error:
+            block_size = int(load_json(path)["model"]["block_size"])
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: field 'model': {error}") from None
     tokenizer = tokenizer or load_tokenizer(options.tokenizer)
     for name, records in read_preferences(options.pref_data):

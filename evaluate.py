@@ -30,7 +30,7 @@ class Options:
 
     ckpt: str = "out/dpo"  # folder of a finished run
     pref_data: str = "world"  # world, or preference files, separated by commas
-    reference: str = ""  # pi_0; default: the model that the checkpoint's training started from
+    reference: str = ""  # pi_0; default: what DPO started from; for an SFT run the run itself
     max_new_tokens: int = 120  # longest generated answer, in tokens (world only)
     micro_tokens: int = 4096  # tree tokens of one forward pass
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
@@ -57,16 +57,15 @@ def pair_logps(model, examples, micro_tokens, progress=""):
     logps = torch.empty(len(examples), 2)
     batches = data.micro_batches(examples, micro_tokens)
     for rows in tqdm(batches, desc=progress, leave=False, disable=not progress):
-        trees = pack([(examples[i].trunk, examples[i].answers) for i in rows], device)
+        trees = pack([examples[i].tree for i in rows], device)
         logps[rows] = answer_logps(model, trees).view(-1, 2).float().cpu()
     return logps
 
 
-def pair_logps_without_meta_prompt(model, tokenizer, records, micro_tokens, progress=""):
-    """The same for the query alone, (pairs, 2); the two rows of a flip share one computation."""
+def pair_logps_once(model, examples, micro_tokens, progress=""):
+    """The same, (pairs, 2), where the two rows of a flip have one trunk: computed once for both."""
     trees, places = {}, []
-    for record in map(data.without_meta_prompt, records):
-        example = data.encode(record, tokenizer, model.config.block_size)
+    for example in examples:
         first = example.answers[0] <= example.answers[1]
         answers = sorted(example.answers)
         key = (tuple(example.trunk), *map(tuple, answers))
@@ -75,6 +74,24 @@ def pair_logps_without_meta_prompt(model, tokenizer, records, micro_tokens, prog
     unique = [example for _, example in trees.values()]
     logps = pair_logps(model, unique, micro_tokens, progress)
     return torch.stack([logps[place][order] for place, order in places])
+
+
+def encode_both(records, tokenizer, block_size, what):
+    """(examples with the meta-prompt, examples with the query alone).
+
+    All rows of one pair are cut as the longest of their meta-prompts demands, so that every score
+    compares the same texts.
+    """
+    shown = data.encode_all(records, tokenizer, block_size, what)
+    alone = [None] * len(records)
+    for rows in same_pair(records):
+        metas = [data.render_meta_prompt(records[i], tokenizer) for i in rows]
+        room = block_size - max(map(len, metas))
+        for i, meta in zip(rows, metas, strict=True):
+            bare = data.without_meta_prompt(records[i])
+            alone[i] = data.encode(bare, tokenizer, room)
+            shown[i] = data.Example(meta + alone[i].trunk, alone[i].answers)
+    return shown, alone
 
 
 # ---------------------------------------------------------------- flips and metrics
@@ -144,7 +161,8 @@ GENERATED = ("generated_axes_right", "generated_all_right", "generated_on_topic"
 def mean_and_interval(rows, right, records, rng):
     """Mean and its bootstrap 95 % interval, resampling whole queries: (mean, [low, high])."""
     keys = {}
-    cluster = np.array([keys.setdefault(pair_key(records[i]), len(keys)) for i in rows])
+    queries = [json.dumps(records[i]["prompt"]) for i in rows]
+    cluster = np.array([keys.setdefault(query, len(keys)) for query in queries])
     sums = np.bincount(cluster, weights=right, minlength=len(keys))
     counts = np.bincount(cluster, minlength=len(keys))
     draws = rng.multinomial(len(keys), np.full(len(keys), 1 / len(keys)), size=1000)
@@ -211,13 +229,16 @@ def evaluate(policies, reference, tokenizer, datasets, micro_tokens, max_new_tok
     """{policy name: {dataset name: entry of eval.json}} for models {policy name: model}."""
     results = {policy: {} for policy in policies}
     for name, records in datasets:
-        examples = data.encode_all(records, tokenizer, reference.config.block_size, name)
-        logps = {}
-        for model in {reference, *policies.values()}:
-            logps[model] = (
-                pair_logps(model, examples, micro_tokens, name),
-                pair_logps_without_meta_prompt(model, tokenizer, records, micro_tokens, name),
+        models = {reference, *policies.values()}
+        block_size = min(model.config.block_size for model in models)
+        shown, alone = encode_both(records, tokenizer, block_size, name)
+        logps = {
+            model: (
+                pair_logps(model, shown, micro_tokens, name),
+                pair_logps_once(model, alone, micro_tokens, name),
             )
+            for model in models
+        }
         flips = find_flips(records)
         for policy, model in policies.items():
             found, axes = steerability(*logps[model], *logps[reference], flips), {}
@@ -280,7 +301,7 @@ def print_comparison(results):
         print(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
 
 
-def load_reference(options, config, policy, device):
+def load_reference(options, config, policy, tokenizer, device):
     """(pi_0, its folder): --reference, or the recorded start of training, or the model itself."""
     recorded = config.get("reference")
     if options.reference:
@@ -298,8 +319,8 @@ def load_reference(options, config, policy, device):
             raise UserError(f"{folder}: has changed since {options.ckpt} was trained from it")
     else:
         return policy, Path(options.ckpt)
-    reference, _, reference_config = load_checkpoint(folder, device)
-    if reference_config["tokenizer"] != config["tokenizer"]:
+    reference, its_tokenizer, _ = load_checkpoint(folder, device)
+    if (its_tokenizer.describe(), its_tokenizer.ranks) != (tokenizer.describe(), tokenizer.ranks):
         raise UserError(f"--reference {folder}: has another tokenizer than {options.ckpt}")
     return reference, folder
 
@@ -308,7 +329,7 @@ def main(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
     policy, tokenizer, config = load_checkpoint(options.ckpt, device)
-    reference, folder = load_reference(options, config, policy, device)
+    reference, folder = load_reference(options, config, policy, tokenizer, device)
     datasets = load_preferences(options.pref_data)
     with common.autocast(device, precision):
         [results] = evaluate(

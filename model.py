@@ -82,7 +82,7 @@ def pack(trees, device="cpu"):
     sizes = torch.bincount(tree, minlength=len(trees))
     within = torch.arange(len(tree)) - (sizes.cumsum(0) - sizes)[tree]
     L = int(sizes.max())
-    branch_at = torch.full((len(trees), L), -1)  # padding is a branch that only sees itself
+    branch_at = torch.full((len(trees), L), -1)  # padding: no token looks at it
     branch_at[tree, within] = branch
     queries, keys = branch_at[:, :, None], branch_at[:, None, :]
     mask = ((keys == 0) | (keys == queries)) & torch.ones(L, L, dtype=torch.bool).tril()
@@ -283,7 +283,6 @@ class KVCache:
         D = config.n_embd // config.n_head
         shape = (config.n_layer, 2, B, config.n_kv_head, size, D)
         self.data = torch.zeros(shape, device=device, dtype=dtype)
-        self.used = 0  # longest sequence so far
 
     def layer(self, i):
         self.current = self.data[i]
@@ -302,7 +301,7 @@ class KVCache:
 
 def next_token(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     """Choose one token from each row of logits (B, V): (B,). Temperature 0 is greedy."""
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k > 0:

@@ -56,7 +56,11 @@ def print_table(groups):
         cells = []
         for metric in metrics:
             for results in runs.values():
-                values = [100 * result[dataset][metric] for result in results]
+                found = [result.get(dataset, {}).get(metric) for result in results]
+                values = [100 * value for value in found if value is not None]
+                if not values:
+                    cells.append("-")
+                    continue
                 spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.1f}{spread}")
         print(f"| `{dataset}` | " + " | ".join(cells) + " |")
@@ -72,8 +76,8 @@ def main(options):
         raise UserError("plot.py needs matplotlib: pip install -r requirements-dev.txt") from None
     evaluations = read_evaluations(Path(options.run) / "log.jsonl")
     steps = [line["step"] for line in evaluations]
-    splits = {name: [line["eval"][name].get("flip_accuracy", 0) for line in evaluations]
-              for name in evaluations[0]["eval"]}
+    splits = {name: [line["eval"][name]["flip_accuracy"] for line in evaluations]
+              for name, first in evaluations[0]["eval"].items() if "flip_accuracy" in first}
     by_axis = {axis: [line["by_axis"][axis] for line in evaluations]
                for axis in evaluations[0].get("by_axis", {})}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)

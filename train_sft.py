@@ -77,6 +77,7 @@ def main(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
     torch.manual_seed(options.seed)
+    common.check_folder(folder, options.resume, options.overwrite, options.init_from)
 
     # 2. Model and tokenizer.
     if options.init_from == "scratch":
@@ -107,13 +108,11 @@ def main(options):
     tokenizer.save(folder)
     log = common.Log(folder, first_step)
 
-    # 5. Loop; the last round only saves.
+    # 5. Loop.
     bar = tqdm(total=order.max_steps, initial=first_step, desc="sft", unit="step")
-    for step in range(first_step, order.max_steps + 1):
+    for step in range(first_step, order.max_steps):
         if step % options.save_every == 0 and step > first_step:
             common.save_checkpoint(folder, step, run_hash, model, optimizer, scaler)
-        if step == order.max_steps:
-            break
         start = time.perf_counter()
         batch = [examples[i] for i in order.batch(step)]
         n_learned = sum(len(example.answers[0]) for example in batch)
@@ -121,7 +120,7 @@ def main(options):
         # The loss is the mean over all learned tokens of the step, however it is cut.
         loss_sum = 0.0
         for rows in data.micro_batches(batch, options.micro_tokens):
-            trees = pack([(batch[i].trunk, batch[i].answers) for i in rows], device)
+            trees = pack([batch[i].tree for i in rows], device)
             with common.autocast(device, precision):
                 token_logps = answer_token_logps(model, trees)
             loss = -token_logps.sum() / n_learned

@@ -13,8 +13,8 @@ from random import Random
 
 SEED = 20241021
 TRAIN_ROWS, SFT_ROWS, EVAL_ROWS = 8000, 9000, 200  # EVAL_ROWS for each split
-TIE = 0.1  # in this share of the SFT rows a stated axis follows the meta-prompt on purpose
-META_SHARE = 0.2  # how many SFT rows have a meta-prompt at all
+FOLLOW_SHARE = 0.1  # in this share of the SFT rows a stated axis follows the meta-prompt on purpose
+META_PROMPT_SHARE = 0.2  # how many SFT rows have a meta-prompt at all
 
 AXES = {
     "length": ("brief", "detailed"),
@@ -538,7 +538,7 @@ def evaluation_pairs(split):
 def sft_rows():
     """SFT_ROWS records {meta-prompt, prompt, response} to learn to speak from, not to listen.
 
-    Most have no meta-prompt. Where there is one, a stated axis follows it in (1 + TIE) / 2 of them.
+    Most have no meta-prompt. Where there is one, an axis that it states follows it in 55 % of them.
     """
     rng, rows = Random(f"{SEED} sft"), []
     for i in range(SFT_ROWS):
@@ -547,9 +547,9 @@ def sft_rows():
             record = rng.choice(several_systems(rng))
         style = {axis: rng.choice(values) for axis, values in AXES.items()}
         for axis, value in record["meta"]["values"].items():
-            if rng.random() < TIE:
+            if rng.random() < FOLLOW_SHARE:
                 style[axis] = value
-        shown = rng.random() < META_SHARE
+        shown = rng.random() < META_PROMPT_SHARE
         meta = {k: record[k] for k in ("system", "preference") if shown and k in record}
         content = draw_content(rng, False)
         rows.append(meta | {"prompt": content["question"],
@@ -565,7 +565,7 @@ VOCAB_SIZE = 2048
 
 
 def bpe_ranks():
-    """Byte-pair merges for the world's training text: {bytes: rank}, VOCAB_SIZE of them."""
+    """Byte-pair merges for the world's training text: {bytes: rank}, at most VOCAB_SIZE."""
     counts = Counter()
     for record in sft_rows():
         for text in record.values():
@@ -585,7 +585,7 @@ def bpe_ranks():
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         if pairs[best] <= 0:
             break
-        ranks[best[0] + best[1]] = len(ranks)
+        ranks.setdefault(best[0] + best[1], len(ranks))
         for word in where.pop(best):
             tally(word, -1)
             words[word] = merge(words[word], best)

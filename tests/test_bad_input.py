@@ -512,7 +512,6 @@ OTHER_BAD_OPTIONS = (
     (train_dpo, "--label_smoothing", ("--label_smoothing", "0.6")),
     (train_dpo, "--label_smoothing", ("--label_smoothing", "nan")),
     (train_dpo, "--sft_weight", ("--sft_weight", "-1")),
-    (train_dpo, "--init_from", ("--pref_data", "x.jsonl")),
     (evaluate, "--micro_tokens", ("--micro_tokens", "0")),
     (evaluate, "gone", ("--ckpt", "gone")),
     (sample, "--temperature", ("--temperature", "-0.1")),

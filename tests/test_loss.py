@@ -111,10 +111,11 @@ def test_large_margins_stay_finite_and_float32():
 def test_first_step_check():
     zero, off = torch.zeros(4), torch.tensor([0.0, 0.0, 0.0, 0.01])
     losses = torch.full((4,), math.log(2))
-    check_first_step(losses, zero, 0.1, "fp32")
+    lengths = torch.full((4, 2), 9.0)
+    check_first_step(losses, zero, lengths, 0.1, "fp32")
     for wrong in (off, -off, torch.full((4,), math.nan)):
         with pytest.raises(UserError, match="reference is not the starting model"):
-            check_first_step(losses, wrong, 0.1, "fp32")
+            check_first_step(losses, wrong, lengths, 0.1, "fp32")
 
 
 # ---------------------------------------------------------------- steerability

@@ -584,3 +584,18 @@ def test_label_prob_of_the_rows_is_used(write_rows):
     assert losses["some"] == losses["sure"]
     assert same(weights("out/some"), weights("out/sure"))
     assert abs(losses["some"][-1] - losses["wrong"][-1]) > 1e-4
+
+
+def test_scores_compare_the_same_text_when_answers_are_cut(byte_tokenizer):
+    """The rows of a flip have meta-prompts of other lengths, their answers are too long: a model
+    for which all tokens are equally likely has no margin, with or without the meta-prompt."""
+    records = [
+        {"preference": "Brief.", "prompt": "Rain?", "chosen": "a" * 90, "rejected": "b" * 70},
+        {"preference": "Be brief, please.", "prompt": "Rain?", "chosen": "b" * 70,
+         "rejected": "a" * 90},
+    ]  # fmt: skip
+    shown, alone = evaluate.encode_both(records, byte_tokenizer, 64, "long")
+    assert all(s.answers == a.answers for s, a in zip(shown, alone, strict=True))
+    assert shown[0].answers == shown[1].answers[::-1]
+    longest = max(len(e.trunk) + max(map(len, e.answers)) for e in shown)
+    assert longest == 64

@@ -507,4 +507,4 @@ def test_words_alone_are_near_chance_on_priority(shortcut):
 def test_words_alone_do_not_solve_stated_preferences(shortcut, split):
     """They fall for "Please avoid ..."; yet they learn much, so the shortcut is a fair one."""
     accuracy, flips = measure(shortcut, split)
-    assert 0.75 <= accuracy <= 0.9 and flips <= 0.8
+    assert 0.65 <= accuracy <= 0.9 and flips <= 0.8
