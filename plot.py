@@ -34,10 +34,10 @@ def read_evaluations(path):
     return evaluations
 
 
-def draw(axes, steps, curves, title, chance, chance_name):
+def draw(axes, steps, curves, title, chance):
     for name, values in curves.items():
         axes.plot(steps, [100 * v for v in values], label=name, linewidth=1.8)
-    axes.axhline(100 * chance, color="grey", linewidth=0.8, linestyle=":", label=chance_name)
+    axes.axhline(100 * chance, color="grey", linewidth=0.8, linestyle=":", label="chance")
     axes.set(title=title, xlabel="DPO steps", ylabel="%", ylim=(-3, 103))
     axes.legend(fontsize=8, loc="lower right")
 
@@ -81,8 +81,8 @@ def main(options):
     by_axis = {axis: [line["by_axis"][axis] for line in evaluations]
                for axis in evaluations[0].get("by_axis", {})}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    draw(left, steps, splits, "both rows of a flip right, by split", 0.25, "chance")
-    draw(right, steps, by_axis, "pairs right that differ on one axis", 0.5, "chance")
+    draw(left, steps, splits, "both rows of a flip right, by split", 0.25)
+    draw(right, steps, by_axis, "pairs right that differ on one axis", 0.5)
     Path(options.figure).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.figure, dpi=110)
     print(f"wrote {options.figure}")

@@ -322,8 +322,8 @@ def main(options):
 
 
 def side_by_side(policy, tokenizer):
-    """One question of the evaluation set under several preferences."""
-    question = "How do I store the guitar?"
+    """Print the answers to one question that is not in training under several preferences."""
+    question = "How do I store the suitcase?"
     preferences = ("My train leaves in one minute.", "Please use bullet points.",
                    "I am your old buddy from school.", "I dislike bold statements.")
     print(f"\n{question}\n")
