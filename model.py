@@ -144,7 +144,7 @@ class Attention(nn.Module):
         if cache is None:
             k, v = trees.pad(k), trees.pad(v)  # (B, KV, L, D)
         else:
-            k, v = cache.update(k, v, trees)  # (B, KV, tokens so far, D)
+            k, v = extend(cache, k, v, trees)  # (B, KV, tokens so far, D)
         group = self.n_head // self.n_kv_head
         if group > 1:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -210,7 +210,7 @@ class Transformer(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         x = self.embedding(trees.tokens)  # (T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, trees, cos, sin, None if cache is None else cache.layer(i))
+            x = block(x, trees, cos, sin, None if cache is None else cache[i])
         return self.norm(x)
 
     def logits(self, outputs):
@@ -276,27 +276,14 @@ def answer_logps(model, trees):
 # ---------------------------------------------------------------- generation
 
 
-class KVCache:
-    """Keys and values of B sequences of at most `size` tokens, each written at its position."""
+def extend(cache, k, v, trees):
+    """Store k and v (T, KV, D) in one layer's cache (2, B, KV, size, D), each at its position.
 
-    def __init__(self, config, B, size, device, dtype):
-        D = config.n_embd // config.n_head
-        shape = (config.n_layer, 2, B, config.n_kv_head, size, D)
-        self.data = torch.zeros(shape, device=device, dtype=dtype)
-
-    def layer(self, i):
-        self.current = self.data[i]
-        return self
-
-    def update(self, k, v, trees):
-        """Store k and v (T, KV, D); return all that is stored, each (B, KV, used, D)."""
-        self.current[0][trees.tree, :, trees.positions] = k.to(self.data.dtype)
-        self.current[1][trees.tree, :, trees.positions] = v.to(self.data.dtype)
-        used = trees.mask.shape[-1]
-        return self.current[0][:, :, :used].type_as(k), self.current[1][:, :, :used].type_as(v)
-
-    def keep(self, rows):
-        self.data = self.data[:, :, rows]
+    Returns all keys and values that the mask speaks of: (B, KV, keys, D) each.
+    """
+    cache[0][trees.tree, :, trees.positions] = k.to(cache.dtype)
+    cache[1][trees.tree, :, trees.positions] = v.to(cache.dtype)
+    return cache[:, :, :, : trees.mask.shape[-1]].type_as(k)
 
 
 def next_token(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
@@ -322,37 +309,37 @@ def generate(model, prompts, end_token, max_new_tokens, generator=None, **sampli
     An answer stops at `end_token`, at `max_new_tokens` or at the model's block size; `sampling` is
     passed to `next_token`. Finished sequences leave the batch.
     """
-    device = model.embedding.weight.device
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else (
-        model.embedding.weight.dtype
-    )
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    room = [min(max_new_tokens, model.config.block_size - len(prompt)) for prompt in prompts]
-    size = int(lengths.max()) + max(room)
-    cache = KVCache(model.config, len(prompts), size, device, dtype)
-    trees = pack([(prompt, []) for prompt in prompts], device)
-    last = lengths.cumsum(0) - 1  # the outputs that predict
+    config, device = model.config, model.embedding.weight.device
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.embedding.weight.dtype
+    room = [min(max_new_tokens, config.block_size - len(prompt)) for prompt in prompts]
     answers = [[] for _ in prompts]
-    alive = [i for i, tokens in enumerate(room) if tokens > 0]
-    rows = torch.tensor(alive, device=device)
-    while alive:
+    alive = [i for i in range(len(prompts)) if room[i] > 0]  # the answers still being written
+    if not alive:
+        return answers
+    lengths = torch.tensor([len(prompts[i]) for i in alive], device=device)
+    size = max(len(prompts[i]) + room[i] for i in alive)
+    shape = (2, len(alive), config.n_kv_head, size, config.n_embd // config.n_head)
+    cache = torch.zeros(config.n_layer, *shape, device=device, dtype=dtype)
+    trees = pack([(prompts[i], []) for i in alive], device)
+    last = lengths.cumsum(0) - 1  # the outputs that predict
+    while True:
         outputs = model(trees, cache).index_select(0, last)
-        if len(rows) < len(outputs):  # drop what has finished
-            outputs, lengths = outputs[rows], lengths[rows]
-            cache.keep(rows)
         chosen = next_token(model.logits(outputs), generator=generator, **sampling)
-        for i, token in zip(alive, chosen.tolist(), strict=True):
+        going = []
+        for j, (i, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
             if token != end_token:
                 answers[i].append(token)
-            if token == end_token or len(answers[i]) >= room[i]:
-                room[i] = 0
-        going = [j for j, i in enumerate(alive) if room[i] > 0]
-        rows = torch.tensor(going, device=device)
+                if len(answers[i]) < room[i]:
+                    going.append(j)
+        if not going:
+            return answers
+        if len(going) < len(alive):
+            alive = [alive[j] for j in going]
+            chosen, lengths, cache = chosen[going], lengths[going], cache[:, :, going]
         last = torch.arange(len(alive), device=device)
         trees = decoding_step(chosen, lengths, last)
-        alive = [alive[j] for j in going]
         lengths = lengths + 1
-    return answers
 
 
 def decoding_step(tokens, positions, sequences):
