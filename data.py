@@ -36,7 +36,8 @@ class Options:
         at_least(self, 1, "rows", "block_size")
 
 
-META_PROMPT = ("system", "preference", "examples")
+TEXT_TIERS = ("system", "preference")
+META_PROMPT = (*TEXT_TIERS, "examples")
 SPECIAL_TOKENS = (
     "<|system|>", "<|preference|>", "<|example|>", "<|chosen|>", "<|rejected|>",
     "<|user|>", "<|assistant|>", "<|end|>",
@@ -247,7 +248,7 @@ def text_field(value, field, line, may_be_empty=False):
 def common_fields(fields, line):
     """The fields that every kind of record may have: meta-prompt, label_prob, user, meta."""
     record = {}
-    for field in ("system", "preference"):
+    for field in TEXT_TIERS:
         if fields.get(field) is not None and fields[field] != "":
             record[field] = text_field(fields[field], field, line)
     examples = fields.get("examples")
@@ -434,7 +435,7 @@ class Example:
 def render_meta_prompt(record, tokenizer):
     """Tokens of system, preference and examples; an absent tier leaves no trace."""
     special, tokens = tokenizer.special, []
-    for tier in ("system", "preference"):
+    for tier in TEXT_TIERS:
         if record.get(tier):
             tokens += [special[f"<|{tier}|>"], *tokenizer.encode(record[tier])]
     for example in record.get("examples", ()):

@@ -200,7 +200,7 @@ def score_generated(model, tokenizer, records, max_new_tokens, progress=""):
     Returns ({metric: (rows, right)}, {axis: [right or not]}, [(record, text), ...]). Rows with the
     same meta-prompt and query count once.
     """
-    unique = {json.dumps([r.get("system"), r.get("preference"), r["prompt"]]): i
+    unique = {json.dumps([*(r.get(tier) for tier in data.TEXT_TIERS), r["prompt"]]): i
               for i, r in reversed(list(enumerate(records)))}
     rows = sorted(unique.values(), key=lambda i: len(records[i]["prompt"]))
     texts = []

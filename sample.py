@@ -99,8 +99,8 @@ def meta_prompt(system, preference, examples):
 def print_side_by_side(model, tokenizer, records, **settings):
     """Print the answer to each record under the tiers that it was given."""
     for record, text in zip(records, answer(model, tokenizer, records, **settings), strict=True):
-        tiers = [f"{tier}: {record[tier]}" for tier in ("system", "preference") if tier in record]
-        print("\n".join(tiers) or "(no preference)")
+        tiers = [f"{tier}: {record[tier]}" for tier in data.TEXT_TIERS if tier in record]
+        print("\n".join(tiers) or "(neither system message nor preference)")
         print("  " + text.replace("\n", "\n  ") + "\n")
 
 
