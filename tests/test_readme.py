@@ -1,0 +1,63 @@
+"""What the README says exists: commands, options, files, columns."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import common
+import evaluate
+import plot
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"python (\w+)\.py((?: [^\n#]*)?)", README.replace("\\\n", " "))
+
+
+def test_the_readme_shows_every_script():
+    assert {name for name, _ in COMMANDS} == {
+        "train_sft", "train_dpo", "evaluate", "sample", "data", "plot",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "arguments"), COMMANDS)
+def test_commands_of_the_readme_have_valid_options(name, arguments):
+    arguments = arguments.split("`")[0].replace("$s", "1")
+    common.parse_options(importlib.import_module(name).Options, shlex.split(arguments))
+
+
+def test_files_of_the_readme_exist():
+    for name in re.findall(r"`([\w/]+\.(?:py|md|png))`|\((assets/[\w.]+)\)", README):
+        assert (ROOT / (name[0] or name[1])).exists(), name
+
+
+def test_metrics_of_the_readme_are_those_of_eval_json():
+    table = README[README.index("| column of the table") : README.index("Each key has a boot")]
+    keys = re.findall(r"\| `(\w+)` \|", table)
+    assert set(keys) == {*evaluate.METRICS, *evaluate.GENERATED}
+    for line in table.splitlines()[2:]:
+        title, key = [cell.strip(" `") for cell in line.split("|")[1:3]] if line else (None, None)
+        assert key is None or evaluate.COLUMNS[key] == title
+
+
+def test_table_from_several_runs(tmp_path, capsys):
+    """Mean and spread over runs; `-` where a metric does not apply."""
+    for name, value in (("a", 0.5), ("b", 0.7)):
+        (tmp_path / name).mkdir()
+        results = {"x/val": {"flip_accuracy": value, "generated_axes_right": None}}
+        (tmp_path / name / "eval.json").write_text(json.dumps({"results": results}))
+    plot.main(plot.Options(table=(f"M={tmp_path / 'a'},{tmp_path / 'b'}",)))
+    assert "| `x/val` | 60.0 (50.0 to 70.0) | - |" in capsys.readouterr().out
+
+
+def test_figure_from_a_log(tmp_path):
+    pytest.importorskip("matplotlib").use("Agg")
+    lines = [{"step": s, "eval": {"seen": {"flip_accuracy": s / 9}}, "by_axis": {"tone": s / 9}}
+             for s in (0, 5, 9)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figure = tmp_path / "made/figure.png"
+    plot.main(plot.Options(run=str(tmp_path), figure=str(figure)))
+    assert figure.read_bytes().startswith(b"\x89PNG")
