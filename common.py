@@ -155,7 +155,17 @@ class DataOrder:
 
 # ---------------------------------------------------------------- the folder of a run
 
-RUN_FILES = ("config.json", "log.jsonl", "ckpt.pt", "model.pt", "eval.json", "tokenizer.tiktoken")
+WEIGHTS = ("model.pt", "adapters.pt")  # either makes a run a finished one
+RUN_FILES = (
+    "config.json", "log.jsonl", "ckpt.pt", "eval.json", *WEIGHTS, "tokenizer.tiktoken",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json",
+)  # fmt: skip
+
+
+def finished(folder):
+    """The path of a finished run's weights, or None."""
+    return next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
 
 
 def check_folder(folder, resume, overwrite, init_from=""):
@@ -166,9 +176,9 @@ def check_folder(folder, resume, overwrite, init_from=""):
         raise UserError(f"--out_dir {folder}: is the folder of the starting model")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     names = {name for name in names if name != ".lock" and not name.endswith(".tmp")}
-    if "model.pt" in names and resume:
+    if names & set(WEIGHTS) and resume:
         raise UserError(f"{folder}: this run is finished, there is nothing to resume")
-    if "model.pt" in names and not overwrite:
+    if names & set(WEIGHTS) and not overwrite:
         raise UserError(f"{folder}: holds a finished run; --overwrite replaces it")
     if names and not resume and not overwrite:
         raise UserError(f"{folder}: is in use; --resume goes on with an unfinished run, "
@@ -241,9 +251,12 @@ def load_json(path):
 
 
 def load_tensors(path):
-    """torch.load without code, onto the CPU. Raises UserError when missing or broken."""
+    """torch.load without code, onto the CPU; the file is mapped: what is not read takes no memory.
+
+    Raises UserError when it is missing or broken.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # a broken file fails in many ways: zip, pickle, storage
@@ -278,12 +291,30 @@ def provenance():
 # ---------------------------------------------------------------- training state
 
 
+def trained(model):
+    """{name: parameter} of what is trained: all, or the adapters."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def load_trained(model, tensors):
+    """Copy tensors into the trained parameters. Raises ValueError when they are others."""
+    parameters = trained(model)
+    if not isinstance(tensors, dict) or tensors.keys() != parameters.keys():
+        raise ValueError("other tensors than this model trains")
+    for name, p in parameters.items():
+        if tensors[name].shape != p.shape:
+            raise ValueError(f"{name}: {list(tensors[name].shape)}, expected {list(p.shape)}")
+        p.copy_(tensors[name])
+
+
 def adamw(model, peak, weight_decay):
     """AdamW; weight decay on matrices only."""
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-    ]
+        {"params": [p for p in trained(model).values() if p.dim() >= 2],
+         "weight_decay": weight_decay},
+        {"params": [p for p in trained(model).values() if p.dim() < 2], "weight_decay": 0.0},
+    ]  # fmt: skip
     return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
 
 
@@ -306,7 +337,7 @@ def update(model, optimizer, scaler, clip, rate):
 
 def save_checkpoint(folder, step, run_hash, model, optimizer, scaler):
     """All that a run needs to go on: its data order follows from the seed and the step."""
-    state = {"step": step, "run": run_hash, "model": model.state_dict(),
+    state = {"step": step, "run": run_hash, "model": trained(model),
              "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
              "random_state": torch.get_rng_state()}
     save_tensors(folder / "ckpt.pt", state)
@@ -322,7 +353,7 @@ def load_checkpoint(folder, run_hash, model, optimizer, scaler):
     if not isinstance(state, dict) or state.get("run") != run_hash:
         raise UserError(f"{path}: cannot resume: options, data or starting model have changed")
     try:
-        model.load_state_dict(state["model"])
+        load_trained(model, state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random_state"])
@@ -348,10 +379,12 @@ def start_run(folder, options, config, run_hash, model, optimizer, scaler):
 
 
 def finish_run(folder, model):
-    """Write model.pt, which makes the run a finished one, and drop what only resuming needs."""
-    save_tensors(folder / "model.pt", model.state_dict())
+    """Write what was trained, which makes the run a finished one; drop what only resuming needs."""
+    tensors = {name: p.detach() for name, p in trained(model).items()}
+    path = folder / ("adapters.pt" if any("lora_" in name for name in tensors) else "model.pt")
+    save_tensors(path, tensors)
     (folder / "ckpt.pt").unlink(missing_ok=True)
-    print(f"wrote {folder / 'model.pt'} (the weights after the last step)")
+    print(f"wrote {path} (the weights after the last step)")
 
 
 # ---------------------------------------------------------------- the log

@@ -66,6 +66,31 @@ class Tokenizer:
     def decode(self, tokens):
         return self.encoding.decode(tokens)
 
+    def pieces(self, tokens):
+        """Each token as text."""
+        return [self.encoding.decode([token]) for token in tokens]
+
+    def render(self, record, contents=None):
+        """Tokens of all up to the answer; `contents` replace those of the prompt's turns.
+
+        An absent tier leaves no trace.
+        """
+        special, tokens = self.special, []
+        for tier in TEXT_TIERS:
+            if record.get(tier):
+                tokens += [special[f"<|{tier}|>"], *self.encode(record[tier])]
+        for example in record.get("examples", ()):
+            tokens += [special["<|example|>"], *self.encode(example["prompt"])]
+            tokens += [special["<|chosen|>"], *self.encode(example["chosen"])]
+            tokens += [special["<|rejected|>"], *self.encode(example["rejected"])]
+        turns = prompt_turns(record)
+        if contents is None:
+            contents = [self.encode(turn["content"]) for turn in turns]
+        for turn, content in zip(turns, contents, strict=True):
+            tokens += [special[f"<|{turn['role']}|>"], *content]
+            tokens += [self.end] if turn["role"] == "assistant" else []
+        return tokens + [special["<|assistant|>"]]
+
     def describe(self):
         """What has to be known besides `tokenizer.tiktoken`; kept in config.json."""
         return {"name": self.name, "pattern": self.pattern, "special_tokens": SPECIAL_TOKENS}
@@ -432,57 +457,47 @@ class Example:
         return self.trunk, self.answers
 
 
-def render_meta_prompt(record, tokenizer):
-    """Tokens of system, preference and examples; an absent tier leaves no trace."""
-    special, tokens = tokenizer.special, []
-    for tier in TEXT_TIERS:
-        if record.get(tier):
-            tokens += [special[f"<|{tier}|>"], *tokenizer.encode(record[tier])]
-    for example in record.get("examples", ()):
-        tokens += [special["<|example|>"], *tokenizer.encode(example["prompt"])]
-        tokens += [special["<|chosen|>"], *tokenizer.encode(example["chosen"])]
-        tokens += [special["<|rejected|>"], *tokenizer.encode(example["rejected"])]
-    return tokens
+def prompt_turns(record):
+    prompt = record["prompt"]
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def encode(record, tokenizer, block_size):
+def encode(record, tokenizer, block_size, structure=0):
     """Tokenise a record to at most `block_size` tokens a path, trunk and one answer.
 
     What is too long is cut: the query in its middle, an answer at its end (and then it is not
-    taught to end there); each keeps at least half of what the meta-prompt leaves. Raises UserError
-    when that is too little.
+    taught to end there); each keeps at least half of what the meta-prompt and the template leave,
+    which are counted as `structure` tokens at least. Raises UserError when that is too little.
     """
-    special = tokenizer.special
-    meta = render_meta_prompt(record, tokenizer)
-    prompt = record["prompt"]
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    contents = [tokenizer.encode(turn["content"]) for turn in prompt]
+    turns = prompt_turns(record)
+    contents = [tokenizer.encode(turn["content"]) for turn in turns]
     texts = [record[f] for f in ("chosen", "rejected", "response") if f in record]
     answers = [tokenizer.encode(text) + [tokenizer.end] for text in texts]
 
-    structure = sum(2 if turn["role"] == "assistant" else 1 for turn in prompt) + 1
-    room = block_size - len(meta) - structure  # for contents and the longest answer
+    structure = max(structure, structure_size(record, tokenizer))
+    room = block_size - structure  # for contents and the longest answer
     if room < 2 * len(contents) + 2:
         tier = max(META_PROMPT, key=lambda tier: len(str(record.get(tier, ""))))
         if tier not in record:
             raise UserError(f"{record.get('where', 'this prompt')}: field 'prompt': "
-                            f"{len(prompt)} turns do not fit into a context of {block_size}")
-        raise UserError(f"{record.get('where', 'this prompt')}: field '{tier}': a meta-prompt of "
-                        f"{len(meta)} tokens does not fit into a context of {block_size}")
+                            f"{len(turns)} turns do not fit into a context of {block_size}")
+        raise UserError(f"{record.get('where', 'this prompt')}: field '{tier}': with it "
+                        f"{structure} tokens are taken of a context of {block_size}")
     query_size = sum(map(len, contents))
     answer_room = max(room // 2, room - query_size)
     longest = max(map(len, answers), default=answer_room)
     kept = [answer[:answer_room] for answer in answers]
     contents = cut_middle(contents, room - min(longest, answer_room))
 
-    trunk = list(meta)
-    for turn, content in zip(prompt, contents, strict=True):
-        trunk += [special[f"<|{turn['role']}|>"], *content]
-        trunk += [tokenizer.end] if turn["role"] == "assistant" else []
-    trunk.append(special["<|assistant|>"])
+    is_cut = sum(map(len, contents)) < query_size
+    trunk = tokenizer.render(record, contents if is_cut else None)
     n_cut = sum(len(a) < len(b) for a, b in zip(kept, answers, strict=True))
-    return Example(trunk, kept, sum(map(len, contents)) < query_size, n_cut)
+    return Example(trunk, kept, is_cut, n_cut)
+
+
+def structure_size(record, tokenizer):
+    """Tokens of a trunk beside the contents of its turns: the meta-prompt and the template."""
+    return len(tokenizer.render(record, [[] for _ in prompt_turns(record)]))
 
 
 def cut_middle(contents, room):
@@ -501,12 +516,16 @@ def cut_middle(contents, room):
 def encode_all(records, tokenizer, block_size, what):
     """Encode records and print what was cut."""
     examples = [encode(record, tokenizer, block_size) for record in records]
+    print_cuts(examples, block_size, what)
+    return examples
+
+
+def print_cuts(examples, block_size, what):
     prompts = sum(e.cut_prompt for e in examples)
     answers = sum(e.cut_answers for e in examples)
     if prompts or answers:
         print(f"{what}: cut {prompts} queries and {answers} answers of {len(examples)} rows "
               f"to fit {block_size} tokens")
-    return examples
 
 
 # ---------------------------------------------------------------- batches
@@ -543,20 +562,16 @@ def show(example, tokenizer):
     print("    " + tokenizer.decode(example.trunk).replace("\n", "\n    "))
     for i, answer in enumerate(example.answers):
         print(f"  answer {i + 1}, {len(answer)} tokens, all learned:")
-        pieces = [tokenizer.encoding.decode_single_token_bytes(t) for t in answer]
-        print("    |" + "|".join(p.decode(errors="replace").replace("\n", "\\n") for p in pieces)
-              + "|")
+        pieces = [piece.replace("\n", "\\n") for piece in tokenizer.pieces(answer)]
+        print("    |" + "|".join(pieces) + "|")
 
 
 def main(options):
     tokenizer, block_size = None, options.block_size
     if options.ckpt:
-        tokenizer = Tokenizer.load(options.ckpt)
-        path = Path(options.ckpt) / "config.json"
-        try:
-            block_size = int(load_json(path)["model"]["block_size"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: field 'model': {error}") from None
+        import sample  # reads every kind of checkpoint; it imports this file
+
+        tokenizer, block_size = sample.load_tokenizer(options.ckpt)
     tokenizer = tokenizer or load_tokenizer(options.tokenizer)
     for name, records in read_preferences(options.pref_data):
         examples = encode_all(records, tokenizer, block_size, name)

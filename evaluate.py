@@ -9,7 +9,7 @@ against the model that its training started from with the query x alone.
 import json
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,8 @@ import common
 import data
 import world
 from common import UserError
-from model import answer_logps, pack
-from sample import answer, load_checkpoint
+from model import AdaptersOff, answer_logps, has_adapters, pack
+from sample import answer, load_checkpoint, reference_folder, weights_hash
 
 
 @dataclass(frozen=True)
@@ -76,21 +76,50 @@ def pair_logps_once(model, examples, micro_tokens, progress=""):
     return torch.stack([logps[place][order] for place, order in places])
 
 
+def reference_logps(model, folder, examples, micro_tokens, progress=""):
+    """`pair_logps_once` of the frozen model from `folder`, kept under out/cache.
+
+    The file's name is the hash of all it depends on: weights, sizes, precision, device, and the
+    tokens of the examples, which hold tokenizer, template and limits.
+    """
+    device = model.embedding.weight.device.type
+    autocast = torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device))
+    key = common.content_hash(
+        weights_hash(folder), asdict(model.config), autocast, device, torch.__version__,
+        [[example.trunk, example.answers] for example in examples],
+    )  # fmt: skip
+    path = Path("out/cache") / f"{key}.pt"
+    if path.exists():
+        found = common.load_tensors(path)
+        if getattr(found, "shape", None) != (len(examples), 2):
+            raise UserError(f"{path}: not the log-probabilities of {len(examples)} pairs; "
+                            "delete it")
+        return found
+    found = pair_logps_once(model, examples, micro_tokens, progress)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: {error.strerror}") from None
+    common.save_tensors(path, found)
+    return found
+
+
 def encode_both(records, tokenizer, block_size, what):
     """(examples with the meta-prompt, examples with the query alone).
 
     All rows of one pair are cut as the longest of their meta-prompts demands, so that every score
     compares the same texts.
     """
-    shown = data.encode_all(records, tokenizer, block_size, what)
-    alone = [None] * len(records)
+    shown, alone = [None] * len(records), [None] * len(records)
     for rows in same_pair(records):
-        metas = [data.render_meta_prompt(records[i], tokenizer) for i in rows]
-        room = block_size - max(map(len, metas))
-        for i, meta in zip(rows, metas, strict=True):
+        bare = data.without_meta_prompt(records[rows[0]])
+        versions = [bare, *(records[i] for i in rows)]
+        structure = max(data.structure_size(version, tokenizer) for version in versions)
+        for i in rows:
             bare = data.without_meta_prompt(records[i])
-            alone[i] = data.encode(bare, tokenizer, room)
-            shown[i] = data.Example(meta + alone[i].trunk, alone[i].answers)
+            shown[i] = data.encode(records[i], tokenizer, block_size, structure)
+            alone[i] = data.encode(bare, tokenizer, block_size, structure)
+    data.print_cuts(shown, block_size, what)
     return shown, alone
 
 
@@ -103,10 +132,7 @@ def pair_key(record):
 
 
 def same_pair(records):
-    """Rows grouped by query and answers, whatever their order: [[i, j, ...], ...].
-
-    In one training step the two rows of a flip cancel all that does not depend on the preference.
-    """
+    """Rows grouped by query and answers, whatever their order: [[i, j, ...], ...]."""
     groups = defaultdict(list)
     for i, record in enumerate(records):
         groups[pair_key(record)].append(i)
@@ -121,6 +147,17 @@ def find_flips(records):
         second = [i for i in rows if i not in first]
         flips += zip(first, second, strict=False)
     return flips
+
+
+def flip_groups(records):
+    """Rows grouped for training, the two of a flip together: [[i, j], ..., [k], ...].
+
+    In one step they cancel all that does not depend on the preference.
+    """
+    partner = dict(find_flips(records))
+    second = set(partner.values())
+    return [[i, partner[i]] if i in partner else [i]
+            for i in range(len(records)) if i not in second]
 
 
 def steerability(policy, policy_alone, reference, reference_alone, flips):
@@ -225,20 +262,25 @@ def score_generated(model, tokenizer, records, max_new_tokens, progress=""):
 # ---------------------------------------------------------------- the whole evaluation
 
 
-def evaluate(policies, reference, tokenizer, datasets, micro_tokens, max_new_tokens=120):
-    """{policy name: {dataset name: entry of eval.json}} for models {policy name: model}."""
+def evaluate(policies, reference, folder, tokenizer, datasets, micro_tokens, max_new_tokens=120):
+    """{policy name: {dataset name: entry of eval.json}} for models {policy name: model}.
+
+    The reference, which may be one of them, was loaded from `folder`.
+    """
     results = {policy: {} for policy in policies}
     for name, records in datasets:
-        models = {reference, *policies.values()}
-        block_size = min(model.config.block_size for model in models)
+        block_size = min(model.config.block_size for model in (reference, *policies.values()))
         shown, alone = encode_both(records, tokenizer, block_size, name)
-        logps = {
-            model: (
-                pair_logps(model, shown, micro_tokens, name),
-                pair_logps_once(model, alone, micro_tokens, name),
-            )
-            for model in models
-        }
+        logps = {reference: [
+            reference_logps(reference, folder, examples, micro_tokens, f"reference, {name}")
+            for examples in (shown, alone)
+        ]}
+        for policy, model in policies.items():
+            if model not in logps:
+                logps[model] = [
+                    pair_logps_once(model, examples, micro_tokens, f"{policy}, {name}")
+                    for examples in (shown, alone)
+                ]
         flips = find_flips(records)
         for policy, model in policies.items():
             found, axes = steerability(*logps[model], *logps[reference], flips), {}
@@ -301,26 +343,18 @@ def print_comparison(results):
         print(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
 
 
-def load_reference(options, config, policy, tokenizer, device):
+def load_reference(options, policy, tokenizer, config, device, dtype):
     """(pi_0, its folder): --reference, or the recorded start of training, or the model itself."""
-    recorded = config.get("reference")
     if options.reference:
         folder = Path(options.reference)
-    elif recorded:
-        try:
-            folder = (Path(options.ckpt) / recorded["path"]).resolve()
-            recorded_hash = recorded["hash"]
-        except (TypeError, KeyError):
-            path = Path(options.ckpt) / "config.json"
-            raise UserError(f"{path}: field 'reference': must have path and hash") from None
-        if not folder.is_dir():
-            raise UserError(f"{options.ckpt}: its reference is not at {folder}; give --reference")
-        if common.file_hash(folder / "model.pt") != recorded_hash:
-            raise UserError(f"{folder}: has changed since {options.ckpt} was trained from it")
-    else:
+    elif not config.get("reference"):
         return policy, Path(options.ckpt)
-    reference, its_tokenizer, _ = load_checkpoint(folder, device)
-    if (its_tokenizer.describe(), its_tokenizer.ranks) != (tokenizer.describe(), tokenizer.ranks):
+    else:
+        folder = reference_folder(options.ckpt, config)
+        if has_adapters(policy):
+            return AdaptersOff(policy), folder
+    reference, its_tokenizer, _ = load_checkpoint(folder, device, dtype)
+    if its_tokenizer.describe() != tokenizer.describe():
         raise UserError(f"--reference {folder}: has another tokenizer than {options.ckpt}")
     return reference, folder
 
@@ -328,12 +362,13 @@ def load_reference(options, config, policy, tokenizer, device):
 def main(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
-    policy, tokenizer, config = load_checkpoint(options.ckpt, device)
-    reference, folder = load_reference(options, config, policy, tokenizer, device)
+    dtype = common.PRECISIONS[precision]
+    policy, tokenizer, config = load_checkpoint(options.ckpt, device, dtype)
+    reference, folder = load_reference(options, policy, tokenizer, config, device, dtype)
     datasets = load_preferences(options.pref_data)
     with common.autocast(device, precision):
         [results] = evaluate(
-            {"policy": policy}, reference, tokenizer, datasets,
+            {"policy": policy}, reference, folder, tokenizer, datasets,
             options.micro_tokens, options.max_new_tokens,
         ).values()  # fmt: skip
     print_table(results)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,16 @@ class ModelConfig:
     n_embd: int = 128
     n_hidden: int = 384  # width inside the SwiGLU
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3's: factor, low_freq_factor, high_freq_factor, ...
     norm_eps: float = 1e-5
     qk_norm: bool = True  # RMSNorm on each query and key head, as in Qwen3
+    qkv_bias: bool = False  # as in Qwen2
+    head_size: int = 0  # channels of a head; 0: n_embd / n_head
+    tied: bool = True  # the embedding is the output head too
+
+    def __post_init__(self):
+        if not self.head_size:
+            object.__setattr__(self, "head_size", self.n_embd // self.n_head)
 
 
 # ---------------------------------------------------------------- token trees
@@ -109,6 +118,23 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), self.weight, self.eps).type_as(x)
 
 
+def rope_frequencies(config):
+    """Radians a position for each pair of channels of a head: (D / 2,) float32.
+
+    Llama 3's scaling slows the waves that are longer than the original context over
+    low_freq_factor by `factor`, and those in between in part.
+    """
+    half = config.head_size // 2
+    frequencies = config.rope_theta ** (-torch.arange(half, device="cpu").float() / half)
+    if config.rope_scaling is None:
+        return frequencies
+    scaling = config.rope_scaling
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    waves = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    keep = ((waves - low) / (high - low)).clamp(0, 1)  # waves that fit into the original context
+    return frequencies * (keep + (1 - keep) / scaling["factor"])
+
+
 def rotate(x, cos, sin):
     """RoPE on x (T, H, D) with cos and sin (T, 1, D / 2): the two halves of a head are rotated."""
     a, b = x.float().chunk(2, dim=-1)
@@ -125,14 +151,47 @@ def tree_attention(q, k, v, mask):
     return y.type_as(q)
 
 
+class Linear(nn.Linear):
+    """x W^T, plus a low-rank change of it (LoRA, Hu et al. 2021, arXiv:2106.09685, Eq. 3).
+
+    The change is scale * x A^T B^T with A (rank, inputs), B (outputs, rank); B starts as zero.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora_a = self.lora_b = None
+        self.adapted = True  # False: as without the change
+
+    def add_adapter(self, rank, generator):
+        a = torch.randn(rank, self.in_features, generator=generator) * self.in_features**-0.5
+        b = torch.zeros(self.out_features, rank)
+        self.lora_a, self.lora_b = (nn.Parameter(x.to(self.weight.device)) for x in (a, b))
+        self.scale = LORA_ALPHA / rank
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.lora_a is None or not self.adapted:
+            return y
+        return y + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+    def merged(self):
+        """The weight with the change added: (outputs, inputs) float32."""
+        if self.lora_a is None:
+            return self.weight.float()
+        return self.weight.float() + self.scale * (self.lora_b @ self.lora_a)
+
+
+LORA_ALPHA = 16  # the change is scaled by this over the rank
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_size = config.n_embd // config.n_head
+        self.head_size = config.head_size
         heads = config.n_head + 2 * config.n_kv_head
-        self.qkv = nn.Linear(config.n_embd, heads * self.head_size, bias=False)
-        self.out = nn.Linear(config.n_head * self.head_size, config.n_embd, bias=False)
+        self.qkv = Linear(config.n_embd, heads * self.head_size, bias=config.qkv_bias)
+        self.out = Linear(config.n_head * self.head_size, config.n_embd, bias=False)
         norm = RMSNorm if config.qk_norm else lambda size, eps: nn.Identity()
         self.q_norm = norm(self.head_size, config.norm_eps)
         self.k_norm = norm(self.head_size, config.norm_eps)
@@ -155,8 +214,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)
-        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+        self.gate_up = Linear(config.n_embd, 2 * config.n_hidden, bias=False)
+        self.down = Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -177,17 +236,22 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder-only transformer with tied embeddings; `forward` gives outputs, not logits."""
+    """Decoder-only transformer; `forward` gives outputs, not logits."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.checkpointing = False  # True: blocks run again in the backward pass, to save memory
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        half = config.n_embd // config.n_head // 2
-        frequencies = config.rope_theta ** (-torch.arange(half).float() / half)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        if not config.tied:
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+
+    @property
+    def head_weight(self):
+        return (self.embedding if self.config.tied else self.head).weight
 
     @torch.no_grad()
     def initialize(self, generator):
@@ -209,18 +273,88 @@ class Transformer(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         x = self.embedding(trees.tokens)  # (T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, trees, cos, sin, None if cache is None else cache[i])
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, trees, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, trees, cos, sin, None if cache is None else cache[i])
         return self.norm(x)
 
     def logits(self, outputs):
         """(rows, C) -> (rows, V), always float32."""
-        return float_logits(outputs, self.embedding.weight)
+        return float_logits(outputs, self.head_weight)
 
 
 def float_logits(outputs, weight):
     """outputs (rows, C) by weight (V, C): (rows, V) float32; bfloat16 would round log p by 0.1."""
     with torch.autocast(outputs.device.type, enabled=False):
         return outputs.float() @ weight.float().t()
+
+
+def adapt(model, rank, seed=0):
+    """Make adapters that are there part of the weights, then say what is to be trained.
+
+    With a rank each linear layer of the blocks gets a new adapter and all else is frozen; with
+    rank 0 everything is trained.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.weight.data = module.merged().detach().to(module.weight.dtype)
+            module.lora_a = module.lora_b = None
+    model.requires_grad_(not rank)
+    for module in model.modules():
+        if isinstance(module, Linear) and rank:
+            module.add_adapter(rank, generator)
+
+
+def has_adapters(model):
+    return any("lora_" in name for name, _ in model.named_parameters())
+
+
+class AdaptersOff:
+    """A model as it was before its adapters; it shares the weights."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __call__(self, trees, cache=None):
+        linears = [module for module in self.model.modules() if isinstance(module, Linear)]
+        for module in linears:
+            module.adapted = False
+        try:
+            return self.model(trees, cache)
+        finally:
+            for module in linears:
+                module.adapted = True
+
+
+def from_weights(config, weights, device, dtype=torch.float32):
+    """A transformer from (name, tensor) pairs, one tensor at a time: no second copy is made.
+
+    dtype is that of the blocks' linear layers: in bfloat16 they take half of the memory, and are
+    what autocast makes of them each time anyway. All else is float32. Raises ValueError when the
+    tensors are not those of the config.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    missing = dict(model.named_parameters())
+    for name, tensor in weights:
+        parameter = missing.pop(name, None)
+        if parameter is None or parameter.shape != tensor.shape:
+            expected = "no such tensor" if parameter is None else list(parameter.shape)
+            raise ValueError(f"{name}: {list(tensor.shape)}, expected {expected}")
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        kind = dtype if isinstance(module, Linear) else torch.float32
+        loaded = torch.empty(tensor.shape, device=device, dtype=kind).copy_(tensor)
+        setattr(module, leaf, nn.Parameter(loaded))
+    if missing:
+        raise ValueError(f"{next(iter(missing))}: missing")
+    model.frequencies = rope_frequencies(config).to(device)
+    return model
 
 
 # ---------------------------------------------------------------- log-probabilities of answers
@@ -248,7 +382,8 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         outputs, weight, targets, normalizers = ctx.saved_tensors
-        grad_outputs, grad_weight = torch.empty_like(outputs), torch.zeros_like(weight)
+        grad_outputs = torch.empty_like(outputs)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for i in range(0, len(targets), ctx.chunk):
             rows = slice(i, i + ctx.chunk)
             # d log p / d logits = (1 at the target, else 0) - softmax
@@ -256,14 +391,15 @@ class TokenLogps(torch.autograd.Function):
             grad_logits.mul_(-grad[rows, None])
             grad_logits.scatter_add_(1, targets[rows, None], grad[rows, None])
             grad_outputs[rows] = grad_logits @ weight.float()
-            grad_weight += grad_logits.t() @ outputs[rows].float()
+            if grad_weight is not None:
+                grad_weight += grad_logits.t() @ outputs[rows].float()
         return grad_outputs, grad_weight, None, None
 
 
 def answer_token_logps(model, trees, chunk=512):
     """log p of every learned token: (A,) float32, nats. The one place where t predicts t + 1."""
     outputs = model(trees).index_select(0, trees.predictors)  # (A, C)
-    return TokenLogps.apply(outputs, model.embedding.weight, trees.targets, chunk)
+    return TokenLogps.apply(outputs, model.head_weight, trees.targets, chunk)
 
 
 def answer_logps(model, trees):
@@ -318,7 +454,7 @@ def generate(model, prompts, end_token, max_new_tokens, generator=None, **sampli
         return answers
     lengths = torch.tensor([len(prompts[i]) for i in alive], device=device)
     size = max(len(prompts[i]) + room[i] for i in alive)
-    shape = (2, len(alive), config.n_kv_head, size, config.n_embd // config.n_head)
+    shape = (2, len(alive), config.n_kv_head, size, config.head_size)
     cache = torch.zeros(config.n_layer, *shape, device=device, dtype=dtype)
     trees = pack([(prompts[i], []) for i in alive], device)
     last = lengths.cumsum(0) - 1  # the outputs that predict

@@ -4,6 +4,7 @@
         --preference "I prefer a list." "My train leaves in one minute."
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import torch
 
 import common
 import data
-from common import UserError
-from model import ModelConfig, Transformer, generate
+import hf_model
+from common import PRECISIONS, UserError
+from hf_tokenizer import HfTokenizer
+from model import ModelConfig, adapt, from_weights, generate
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Options:
     top_k: int = 0  # choose among the k likeliest tokens; 0: among all
     top_p: float = 1.0  # choose among the likeliest tokens that make up this probability
     max_new_tokens: int = 200  # longest answer, in tokens
+    export: str = ""  # write the model as a Hugging Face folder here, and answer nothing
     seed: int = 0  # of the sampling
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: str = "auto"  # auto, bf16, fp16, fp32
@@ -40,35 +44,85 @@ class Options:
             raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
 
 
-def load_checkpoint(folder, device):
-    """(model, tokenizer, config) of a finished run.
+def load_checkpoint(folder, device, dtype=torch.float32):
+    """(model, tokenizer, config) of a finished run or a Hugging Face folder (config {}).
 
-    Raises UserError when a file is missing, broken, or belongs to another model.
+    dtype is that of the blocks' linear layers, as in `model.from_weights`. Raises UserError when a
+    file is missing, broken, or belongs to another model.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such checkpoint folder")
-    if not (folder / "model.pt").exists():
+    folder = hf_model.find(folder)
+    if hf_model.is_pretrained(folder):
+        model, tokenizer = hf_model.load(folder, device, dtype)
+        return model.eval(), tokenizer, {}
+    weights = common.finished(folder)
+    if not weights:
         raise UserError(f"{folder}: no finished run here (model.pt is missing)")
+    tokenizer, _ = load_tokenizer(folder)
     config = common.load_json(folder / "config.json")
-    tokenizer = data.Tokenizer.load(folder)
+    tensors = common.load_tensors(weights)
     try:
-        model = Transformer(ModelConfig(**config["model"]))
-    except (KeyError, TypeError, ZeroDivisionError, RuntimeError) as error:
-        raise UserError(f"{folder / 'config.json'}: field 'model': {error}") from None
-    load_weights(model, common.load_tensors(folder / "model.pt"), folder / "model.pt")
-    if tokenizer.vocab_size != model.config.vocab_size:
+        if weights.name == "adapters.pt":
+            model, _, _ = load_checkpoint(reference_folder(folder, config), device, dtype)
+            adapt(model, config["options"]["lora_rank"])
+            common.load_trained(model, tensors)
+        else:
+            model = from_weights(ModelConfig(**config["model"]), tensors.items(), device, dtype)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        reason = common.first_line(error)
+        raise UserError(f"{weights}: not the weights of its config.json: {reason}") from None
+    if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
                         f"the model {model.config.vocab_size}")
-    return model.to(device).eval(), tokenizer, config
+    return model.eval(), tokenizer, config
 
 
-def load_weights(model, weights, path):
+def load_tokenizer(folder):
+    """(tokenizer, context length) of what `load_checkpoint` loads. Raises UserError as it does."""
+    folder = hf_model.find(folder)
+    path = folder / "config.json"
+    if hf_model.is_pretrained(folder):
+        return HfTokenizer.load(folder), hf_model.read_config(path).block_size
+    config = common.load_json(path)
+    about = config.get("tokenizer")
+    theirs = isinstance(about, dict) and about.get("kind") == "huggingface"
     try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{path}: weights of another model: {reason}") from None
+        block_size = int(config["model"]["block_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: field 'model': {error}") from None
+    return (HfTokenizer if theirs else data.Tokenizer).load(folder), block_size
+
+
+def weights_hash(folder):
+    """Hash of all the weights that `load_checkpoint` reads from a folder."""
+    folder = hf_model.find(folder)
+    path = common.finished(folder)
+    if path is None:
+        return common.content_hash(*map(common.file_hash, sorted(folder.glob("*.safetensors"))))
+    if path.name == "model.pt":
+        return common.file_hash(path)
+    base = common.load_json(folder / "config.json").get("reference")
+    return common.content_hash(common.file_hash(path), base)
+
+
+def start_of(init_from, folder):
+    """What config.json of the run in `folder` keeps about its starting model."""
+    path = os.path.relpath(hf_model.find(init_from).resolve(), folder.resolve())
+    return {"path": path, "hash": weights_hash(init_from)}
+
+
+def reference_folder(folder, config):
+    """Where a DPO run's starting model lies; UserError when it is gone or has changed."""
+    try:
+        path, recorded_hash = config["reference"]["path"], config["reference"]["hash"]
+        found = (Path(folder) / path).resolve()
+    except (TypeError, KeyError):
+        raise UserError(f"{Path(folder) / 'config.json'}: field 'reference': must have path and "
+                        "hash") from None
+    if not found.is_dir():
+        raise UserError(f"{folder}: its reference is not at {found}; give --reference")
+    if weights_hash(found) != recorded_hash:
+        raise UserError(f"{found}: has changed since {folder} was trained from it")
+    return found
 
 
 def answer(model, tokenizer, records, max_new_tokens=200, generator=None, **sampling):
@@ -139,12 +193,17 @@ def chat(respond, options, examples):
 
 def main(options):
     device = common.pick_device(options.device)
-    model, tokenizer, _ = load_checkpoint(options.ckpt, device)
+    precision = common.pick_precision(options.precision, device)
+    if options.export:
+        model, tokenizer, _ = load_checkpoint(options.ckpt, torch.device("cpu"))
+        hf_model.export(options.export, model, tokenizer)
+        return
+    model, tokenizer, _ = load_checkpoint(options.ckpt, device, PRECISIONS[precision])
     examples = read_examples(options.examples)
     generator = torch.Generator(device).manual_seed(options.seed)
     names = ("temperature", "top_k", "top_p", "max_new_tokens")
     settings = {name: getattr(options, name) for name in names} | {"generator": generator}
-    with common.autocast(device, common.pick_precision(options.precision, device)):
+    with common.autocast(device, precision):
         if not options.prompt:
             chat(lambda record: answer(model, tokenizer, [record], **settings)[0],
                  options, examples)

@@ -6,7 +6,6 @@
 
 import dataclasses
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ import evaluate
 import train_sft
 import world
 from common import UserError
-from model import answer_logps, pack
-from sample import load_checkpoint, print_side_by_side
+from model import AdaptersOff, adapt, answer_logps, pack
+from sample import load_checkpoint, print_side_by_side, start_of
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,16 @@ class Options:
 
     pref_data: str = "world"  # world, or preference files, separated by commas
     eval_data: str = ""  # held-out preference files; the world brings its own
-    init_from: str = ""  # finished run to start from; default: an SFT run, made if absent
+    init_from: str = ""  # finished run, Hugging Face folder or org/name; default: an SFT run
     out_dir: str = ""  # folder of this run; default for the world: out/dpo
     overwrite: bool = False  # replace a run that is there
     resume: bool = False  # go on with an unfinished run
     blank_meta_prompt: bool = False  # static control: hide every meta-prompt in training
     beta: float = 0.2  # DPO's temperature
     sft_weight: float = 1.0  # weight of the chosen answer's mean negative log-likelihood
+    lora_rank: int = 0  # train adapters of this rank on a frozen model; 0: train the model
+    activation_checkpointing: bool = False  # run blocks twice instead of keeping what they compute
+    block_size: int = 0  # cut prompt and answer to this many tokens; 0: the model's context
     label_smoothing: float = 0.0  # e turns a label's probability p into (1 - e) p + e (1 - p)
     epochs: float = 4.0  # passes over the data
     max_steps: int = 0  # stop after this many steps instead; 0: as many as the epochs take
@@ -62,7 +64,7 @@ class Options:
         )  # fmt: skip
         common.at_least(
             self, 0, "sft_weight", "epochs", "max_steps", "learning_rate", "warmup_steps",
-            "weight_decay", "clip", "seed",
+            "weight_decay", "clip", "seed", "lora_rank", "block_size",
         )  # fmt: skip
         if not 0 < self.beta < math.inf:
             raise UserError(f"--beta must be above 0, not {self.beta}")
@@ -102,51 +104,17 @@ def check_first_step(losses, margins, lengths, beta, precision):
         )
 
 
-# ---------------------------------------------------------------- the reference
-
-
-def reference_logps(model, init_from, examples, rows, micro_tokens, precision):
-    """log p of both answers of the rows that training visits: (pairs, 2), NaN for the others.
-
-    Kept under out/cache by the hash of all it depends on: weights, sizes, precision, device, and
-    the tokens of the rows, which hold tokenizer, template and limits.
-    """
-    used = [examples[i] for i in rows]
-    key = common.content_hash(
-        common.file_hash(Path(init_from) / "model.pt"), dataclasses.asdict(model.config),
-        precision, model.embedding.weight.device.type, torch.__version__,
-        [[example.trunk, example.answers] for example in used],
-    )  # fmt: skip
-    path = Path("out/cache") / f"{key}.pt"
-    if path.exists():
-        found = common.load_tensors(path)
-        if getattr(found, "shape", None) != (len(rows), 2):
-            raise UserError(f"{path}: not the log-probabilities of {len(rows)} pairs; delete it")
-    else:
-        found = evaluate.pair_logps(model, used, micro_tokens, "reference")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{path.parent}: {error.strerror}") from None
-        common.save_tensors(path, found)
-    logps = torch.full((len(examples), 2), torch.nan)
-    logps[rows] = found
-    return logps
-
-
 # ---------------------------------------------------------------- evaluation while training
 
 
 class Watch:
     """A fixed part of each evaluation set, scored again and again while the policy trains."""
 
-    def __init__(self, datasets, n_pairs, reference, tokenizer, micro_tokens):
+    def __init__(self, datasets, n_pairs, reference, tokenizer, block_size, micro_tokens):
         self.micro_tokens, self.sets = micro_tokens, []
         for name, records in datasets:
             records = records[:n_pairs]
-            shown, alone = evaluate.encode_both(
-                records, tokenizer, reference.config.block_size, name
-            )
+            shown, alone = evaluate.encode_both(records, tokenizer, block_size, name)
             alone = evaluate.pair_logps_once(reference, alone, micro_tokens)
             self.sets.append((name, records, shown, alone, evaluate.find_flips(records)))
 
@@ -175,7 +143,7 @@ def first_stage(options, folder):
     On other data than the world it learns the chosen answers.
     """
     in_world = options.pref_data == "world"
-    if not (folder / "model.pt").exists():
+    if not common.finished(folder):
         print(f"stage one: SFT, because {folder} holds no finished run")
         train_sft.main(train_sft.Options(
             data=options.pref_data, tokenizer="world" if in_world else "gpt2",
@@ -199,9 +167,14 @@ def main(options):
     # 2. Models and tokenizer: the policy starts as the reference.
     if not options.init_from:
         first_stage(options, Path(init_from))
-    reference, tokenizer, _ = load_checkpoint(init_from, device)
-    policy, _, _ = load_checkpoint(init_from, device)
+    frozen = common.PRECISIONS[precision]
+    lora = options.lora_rank > 0
+    policy, tokenizer, _ = load_checkpoint(init_from, device, frozen if lora else torch.float32)
+    reference = AdaptersOff(policy) if lora else load_checkpoint(init_from, device, frozen)[0]
+    adapt(policy, options.lora_rank, options.seed)
     policy.train()
+    policy.checkpointing = options.activation_checkpointing
+    block_size = min(options.block_size or policy.config.block_size, policy.config.block_size)
 
     # 3. Data.
     if in_world:
@@ -213,12 +186,12 @@ def main(options):
     held_out = evaluate.load_preferences(eval_data) if eval_data else []
     if options.blank_meta_prompt:
         records = [data.without_meta_prompt(record) for record in records]
-    examples = data.encode_all(records, tokenizer, policy.config.block_size, options.pref_data)
+    examples = data.encode_all(records, tokenizer, block_size, options.pref_data)
     e = options.label_smoothing
     label_probs = torch.tensor([r.get("label_prob", 1.0) for r in records])
     label_probs = (1 - e) * label_probs + e * (1 - label_probs)
     order = common.DataOrder(
-        evaluate.same_pair(records),
+        evaluate.flip_groups(records),
         options.batch_size, options.epochs, options.max_steps, options.seed,
     )  # fmt: skip
 
@@ -228,10 +201,7 @@ def main(options):
     config = {
         "stage": "dpo", "options": dataclasses.asdict(options), "precision": precision,
         "model": dataclasses.asdict(policy.config), "tokenizer": tokenizer.describe(),
-        "reference": {
-            "path": os.path.relpath(Path(init_from).resolve(), folder.resolve()),
-            "hash": common.file_hash(Path(init_from) / "model.pt"),
-        },
+        "reference": start_of(init_from, folder),
     }  # fmt: skip
     run_hash = common.run_hash(config, examples, label_probs.tolist())
     first_step = common.start_run(folder, options, config, run_hash, policy, optimizer, scaler)
@@ -241,10 +211,13 @@ def main(options):
     # 5. Reference log-probabilities of every pair that the run will see.
     with common.autocast(device, precision):
         rows = sorted(set(order.rows))
-        reference_all = reference_logps(
-            reference, init_from, examples, rows, options.micro_tokens, precision
+        reference_all = torch.full((len(examples), 2), torch.nan)
+        reference_all[rows] = evaluate.reference_logps(
+            reference, init_from, [examples[i] for i in rows], options.micro_tokens, "reference"
         )
-        watch = Watch(held_out, options.eval_pairs, reference, tokenizer, options.micro_tokens)
+        watch = Watch(
+            held_out, options.eval_pairs, reference, tokenizer, block_size, options.micro_tokens
+        )
 
     # 6. Loop; the last round only evaluates and saves.
     bar = tqdm(total=order.max_steps, initial=first_step, desc="dpo", unit="step")
@@ -313,7 +286,7 @@ def main(options):
         policies = {"before": reference, "after": policy.eval()}
         with common.autocast(device, precision):
             results = evaluate.evaluate(
-                policies, reference, tokenizer, held_out, options.micro_tokens
+                policies, reference, init_from, tokenizer, held_out, options.micro_tokens
             )
             evaluate.print_comparison(results)
             evaluate.save_report(folder, results["after"], init_from, precision)

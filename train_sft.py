@@ -15,8 +15,8 @@ import common
 import data
 import world
 from common import UserError
-from model import ModelConfig, Transformer, answer_token_logps, pack
-from sample import load_checkpoint
+from model import ModelConfig, Transformer, adapt, answer_token_logps, pack
+from sample import load_checkpoint, start_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Options:
     """Supervised fine-tuning on prompts and responses, from scratch or from a checkpoint."""
 
     data: str = "world"  # world, or files of {prompt, response}, separated by commas
-    init_from: str = "scratch"  # scratch, or the folder of a finished run
+    init_from: str = "scratch"  # scratch, finished run, Hugging Face folder or org/name
     tokenizer: str = "world"  # from scratch: world, gpt2 or a FILE.tiktoken
     out_dir: str = ""  # folder of this run; default for the world: out/sft
     overwrite: bool = False  # replace a run that is there
@@ -33,7 +33,9 @@ class Options:
     n_head: int = 4  # from scratch: query heads
     n_kv_head: int = 4  # from scratch: key/value heads, a divisor of n_head
     n_embd: int = 128  # from scratch: channels
-    block_size: int = 512  # from scratch: longest prompt and answer together, in tokens
+    lora_rank: int = 0  # train adapters of this rank on a frozen model; 0: train the model
+    activation_checkpointing: bool = False  # run blocks twice instead of keeping what they compute
+    block_size: int = 0  # cut prompt and answer to this many tokens; 0: the model's, scratch 512
     epochs: float = 1.0  # passes over the data
     max_steps: int = 0  # stop after this many steps instead; 0: as many as the epochs take
     batch_size: int = 64  # rows a step
@@ -50,12 +52,12 @@ class Options:
 
     def __post_init__(self):
         common.at_least(
-            self, 1, "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "batch_size",
-            "micro_tokens", "save_every", "log_every",
+            self, 1, "n_layer", "n_head", "n_kv_head", "n_embd", "batch_size", "micro_tokens",
+            "save_every", "log_every",
         )  # fmt: skip
         common.at_least(
             self, 0, "epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay",
-            "clip", "seed",
+            "clip", "seed", "lora_rank", "block_size",
         )  # fmt: skip
 
 
@@ -64,7 +66,7 @@ def new_model(options, vocab_size):
     if options.n_embd % (2 * options.n_head) or options.n_head % options.n_kv_head:
         raise UserError("--n_embd must be a multiple of 2 * n_head, and n_head of n_kv_head")
     n_hidden = 32 * round(options.n_embd * 8 / 3 / 32)
-    config = ModelConfig(vocab_size, options.block_size, options.n_layer, options.n_head,
+    config = ModelConfig(vocab_size, options.block_size or 512, options.n_layer, options.n_head,
                          options.n_kv_head, options.n_embd, n_hidden)
     return Transformer(config).initialize(torch.Generator().manual_seed(options.seed))
 
@@ -81,16 +83,22 @@ def main(options):
 
     # 2. Model and tokenizer.
     if options.init_from == "scratch":
+        if options.lora_rank:
+            raise UserError("--lora_rank needs a model to start from: --init_from")
         tokenizer = data.load_tokenizer(options.tokenizer)
         model = new_model(options, tokenizer.vocab_size).to(device)
     else:
-        model, tokenizer, _ = load_checkpoint(options.init_from, device)
+        frozen = common.PRECISIONS[precision] if options.lora_rank else torch.float32
+        model, tokenizer, _ = load_checkpoint(options.init_from, device, frozen)
+        adapt(model, options.lora_rank, options.seed)
     model.train()
+    model.checkpointing = options.activation_checkpointing
+    block_size = min(options.block_size or model.config.block_size, model.config.block_size)
 
     # 3. Data.
     in_world = options.data == "world"
     records = world.sft_rows() if in_world else data.read_responses(options.data)
-    examples = data.encode_all(records, tokenizer, model.config.block_size, options.data)
+    examples = data.encode_all(records, tokenizer, block_size, options.data)
     order = common.DataOrder(
         [[i] for i in range(len(examples))],
         options.batch_size, options.epochs, options.max_steps, options.seed,
@@ -103,6 +111,8 @@ def main(options):
         "stage": "sft", "options": dataclasses.asdict(options), "precision": precision,
         "model": dataclasses.asdict(model.config), "tokenizer": tokenizer.describe(),
     }  # fmt: skip
+    if options.init_from != "scratch":
+        config["reference"] = start_of(options.init_from, folder)
     run_hash = common.run_hash(config, examples)
     first_step = common.start_run(folder, options, config, run_hash, model, optimizer, scaler)
     tokenizer.save(folder)

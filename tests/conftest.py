@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import pytest
+import tiny
 import torch
 
 import common
@@ -51,6 +53,26 @@ def tiny_run(tmp_path, byte_tokenizer):
     common.save_tensors(folder / "model.pt", model.state_dict())
     byte_tokenizer.save(folder)
     return folder
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, tiny_run, write_rows):
+    """The test works in a folder of its own that holds `tiny`, a finished run, and the data."""
+    monkeypatch.chdir(tmp_path)
+    write_rows("pairs.jsonl", *tiny.pairs())
+    write_rows("responses.jsonl", *tiny.responses())
+
+
+@pytest.fixture
+def keep_ckpt(monkeypatch):
+    """Keep the last checkpoint of a finished run as last.pt: a finished run drops it."""
+    finish = common.finish_run
+
+    def keep(folder, model):
+        shutil.copy(folder / "ckpt.pt", folder / "last.pt")
+        finish(folder, model)
+
+    monkeypatch.setattr(common, "finish_run", keep)
 
 
 @pytest.fixture

@@ -216,21 +216,23 @@ def test_random_records_are_cut_as_promised(byte_tokenizer):
         record, block_size = random_record(rng), rng.randint(10, 220)
         whole = encode(record, byte_tokenizer, 10_000)
         n_turns = len(record["prompt"])
-        meta = data.render_meta_prompt(record, byte_tokenizer)
+        marks = 2 if n_turns == 1 else 5  # [user] and [assistant], or the five of three turns
+        meta = whole.trunk[: whole.trunk.index(byte_tokenizer.special["<|user|>"])]
+        assert data.structure_size(record, byte_tokenizer) == len(meta) + marks
         try:
             example = encode(record, byte_tokenizer, block_size)
         except UserError:
             # Refused only if the query and an answer had a handful of tokens between them.
-            assert block_size - len(meta) < (2 if n_turns == 1 else 5) + 2 * n_turns + 2
+            assert block_size - len(meta) < marks + 2 * n_turns + 2
             refused += 1
             continue
         longest = max(map(len, example.answers))
         assert len(example.trunk) + longest <= block_size
         # The meta-prompt and every special token stay.
         assert example.trunk[: len(meta)] == meta
-        pieces, marks = split_turns(byte_tokenizer, example.trunk[len(meta) :])
-        originals, all_marks = split_turns(byte_tokenizer, whole.trunk[len(meta) :])
-        assert marks == all_marks
+        pieces, special = split_turns(byte_tokenizer, example.trunk[len(meta) :])
+        originals, all_special = split_turns(byte_tokenizer, whole.trunk[len(meta) :])
+        assert special == all_special and len(special) == marks
         # A turn keeps its head and its tail, an answer its head.
         for piece, original in zip(pieces, originals, strict=True):
             keep = len(piece)

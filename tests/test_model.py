@@ -1,53 +1,33 @@
 """The transformer, its token trees, its log-probabilities and its generation."""
 
 import dataclasses
+import gc
 import math
 import random
+import weakref
+from collections import Counter
 
 import pytest
 import torch
+from tiny import CONFIG, draw, draw_trees, new_model
 
 import common
 import model as model_file
 from model import (
+    Block,
+    Linear,
     ModelConfig,
+    TokenLogps,
     Transformer,
+    adapt,
     answer_logps,
     answer_token_logps,
+    from_weights,
     generate,
     next_token,
     pack,
     rotate,
 )
-
-CONFIG = ModelConfig(
-    vocab_size=29, block_size=40, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48
-)
-
-
-def new_model(config=CONFIG, seed=0):
-    """A model with weights so large that position, order and context matter to every output."""
-    model = Transformer(config).initialize(torch.Generator().manual_seed(seed))
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(8) if p.dim() == 2 else p.uniform_(0.5, 1.5, generator=generator)
-    return model.eval()
-
-
-def draw(rng, n):
-    return [rng.randrange(CONFIG.vocab_size) for _ in range(n)]
-
-
-def draw_trees(n_branches, n_trees=6, seed=0):
-    """Trees of unequal trunks and unequal answers, one of which is a single token."""
-    rng = random.Random(seed)
-    trees = [
-        (draw(rng, rng.randint(1, 15)), [draw(rng, rng.randint(1, 12)) for _ in range(n_branches)])
-        for _ in range(n_trees)
-    ]
-    trees[1][1][0] = draw(rng, 1)
-    return trees
 
 
 def dense_logits(model, tokens):
@@ -223,6 +203,139 @@ def test_chunks_of_logits_change_nothing_and_bound_the_rows(chunk, monkeypatch):
     assert torch.allclose(pieces, whole, atol=1e-5)
     for name, p in model.named_parameters():
         assert (gradients[name] - p.grad).norm() < 1e-5 * p.grad.norm(), name
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradient_of_token_logps_with_a_trained_or_frozen_head(frozen):
+    """Against log softmax written out; a frozen head gets no gradient and changes no other one."""
+    generator = torch.Generator().manual_seed(0)
+    outputs, weight = (torch.randn(n, 8, generator=generator) for n in (10, 29))
+    targets = torch.randint(29, (10,), generator=generator)
+    upstream = torch.randn(10, generator=generator)
+    outputs.requires_grad_(), weight.requires_grad_(not frozen)
+    expected = (outputs @ weight.t()).log_softmax(-1)[range(10), targets]
+    logps = TokenLogps.apply(outputs, weight, targets, 4)
+    assert torch.allclose(logps, expected, atol=1e-5)
+    wanted = [outputs] if frozen else [outputs, weight]
+    exact = torch.autograd.grad((expected * upstream).sum(), wanted)
+    (logps * upstream).sum().backward()
+    assert (weight.grad is None) == frozen
+    for x, gradient in zip(wanted, exact, strict=True):
+        assert torch.allclose(x.grad, gradient, atol=1e-5)
+
+
+# ---------------------------------------------------------------- activation checkpointing
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_activation_checkpointing_changes_neither_loss_nor_gradients(rank, monkeypatch):
+    """And every block does run twice: it is not switched off by frozen weights."""
+    calls, forward = Counter(), Block.forward
+
+    def watched(self, *args):
+        calls[self] += 1
+        return forward(self, *args)
+
+    monkeypatch.setattr(Block, "forward", watched)
+    trees, found = pack(draw_trees(2)), []
+    for checkpointing in (False, True):
+        model = new_model().train()
+        adapt(model, rank)
+        for module in model.modules():
+            if rank and isinstance(module, Linear):
+                module.lora_b.data.normal_(generator=torch.Generator().manual_seed(1))
+        model.checkpointing = checkpointing
+        calls.clear()
+        loss = answer_logps(model, trees).square().sum()
+        loss.backward()
+        assert set(calls.values()) == {2 if checkpointing else 1} and len(calls) == CONFIG.n_layer
+        found.append((loss, [p.grad for p in model.parameters()]))
+    (loss, gradients), (again, same_gradients) = found
+    assert torch.equal(loss, again)
+    assert any(gradient is not None for gradient in gradients)
+    for one, other in zip(gradients, same_gradients, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+def test_activation_checkpointing_keeps_less_for_the_backward_pass():
+    """What autograd holds on to between the passes, in bytes."""
+    trees, kept = pack(draw_trees(2, n_trees=40)), []
+    for checkpointing in (False, True):
+        model, sizes = new_model(), {}
+        model.checkpointing = checkpointing
+
+        def note(x, sizes=sizes):
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            answer_logps(model, trees)
+        kept.append(sum(sizes.values()))
+    assert kept[1] < kept[0] / 2
+
+
+# ---------------------------------------------------------------- from weights
+
+
+def test_from_weights_makes_no_second_copy():
+    """When a tensor is asked for, only the one before it is still alive, and no copy of others."""
+    model, trees, given = new_model(), pack(draw_trees(2)), []
+    sizes = [p.numel() * p.element_size() for p in model.parameters()]
+    gc.freeze()  # what is there already is not among gc's objects
+
+    def live_bytes():
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                    for x in tensors if x.device.type == "cpu"}.values())  # fmt: skip
+
+    def weights():
+        for name, p in model.named_parameters():
+            assert sum(tensor() is not None for tensor in given) <= 1, name
+            assert sum(sizes[: len(given)]) <= live_bytes() <= sum(sizes) + max(sizes), name
+            tensor = p.detach().clone()
+            given.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+
+    try:
+        again = from_weights(model.config, weights(), "cpu")
+    finally:
+        gc.unfreeze()
+    assert len(given) == len(sizes)
+    assert torch.equal(again(trees), model(trees))
+
+
+def test_from_weights_in_bfloat16_rounds_the_linear_layers_of_blocks_only():
+    config = dataclasses.replace(CONFIG, tied=False, qkv_bias=True)
+    model = new_model(config)
+    rounded = from_weights(config, model.named_parameters(), "cpu", torch.bfloat16)
+    kinds = {name: p.dtype for name, p in rounded.named_parameters()}
+    linear = {f"blocks.{i}.{layer}" for i in range(CONFIG.n_layer) for layer in (
+        "attention.qkv.weight", "attention.qkv.bias", "attention.out.weight", "mlp.gate_up.weight",
+        "mlp.down.weight")}  # fmt: skip
+    assert {name for name, kind in kinds.items() if kind == torch.bfloat16} == linear
+    assert set(kinds.values()) == {torch.bfloat16, torch.float32}
+    for name, p in model.named_parameters():
+        assert torch.equal(rounded.get_parameter(name), p.to(kinds[name])), name
+    # Under autocast, which rounds these weights itself, nothing changes.
+    trees = pack(draw_trees(2))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(answer_logps(rounded, trees), answer_logps(model, trees))
+
+
+@pytest.mark.parametrize("change", ["missing", "left over", "shape", "twice"])
+def test_from_weights_refuses_what_is_not_the_models(change):
+    weights = [(name, p.detach()) for name, p in new_model().named_parameters()]
+    name, tensor = weights[3]
+    weights = {
+        "missing": weights[:3] + weights[4:],
+        "left over": [*weights, ("blocks.9.mlp.down.weight", tensor)],
+        "shape": weights[:3] + [(name, tensor.t()[:-1])] + weights[4:],
+        "twice": [*weights, weights[3]],
+    }[change]
+    named = "blocks.9.mlp.down.weight" if change == "left over" else name
+    with pytest.raises(ValueError, match=f"^{named}: "):
+        from_weights(CONFIG, weights, "cpu")
 
 
 # ---------------------------------------------------------------- the network

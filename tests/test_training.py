@@ -13,100 +13,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import (
+    ANSWERS,
+    DPO,
+    SFT,
+    command_line,
+    dpo,
+    lora,
+    pairs,
+    read_log,
+    responses,
+    run,
+    same,
+    sft,
+    weights,
+)
 
 import common
 import data
 import evaluate
 import train_dpo
-import train_sft
 import world
 from common import UserError
 from model import ModelConfig, Transformer, pack
 
 ROOT = Path(__file__).parents[1]
-SFT = {
-    "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "block_size": 256,
-    "learning_rate": 3e-3, "batch_size": 5, "warmup_steps": 2, "data": "responses.jsonl",
-    "tokenizer": "tiny/tokenizer.tiktoken",
-}  # fmt: skip
-DPO = {
-    "batch_size": 5, "warmup_steps": 2, "learning_rate": 1e-3, "epochs": 1.0,
-    "pref_data": "pairs.jsonl", "init_from": "tiny",
-}  # fmt: skip
-ANSWERS = ("chosen", "rejected")
-
-
-def pairs():
-    """Fourteen rows, every two of them a flip: a user who is happy, or sad, about something."""
-    rows = []
-    for i, thing in enumerate(("tea", "the sea", "rain", "my bicycle", "a song", "bread", "snow")):
-        answers = f"Yes, I like {thing}{' a lot' * (i % 3)}!", "No."
-        for mood, (chosen, rejected) in (("happy", answers), ("sad", answers[::-1])):
-            meta = {"preference": f"I am {mood}."}
-            if i % 2:
-                meta |= {"system": "You are a friend."}
-            if i == 3:
-                meta["examples"] = [{"prompt": "Fun?", "chosen": chosen, "rejected": rejected}]
-            rows.append(meta | {"prompt": f"Do you like {thing}?", "chosen": chosen,
-                                "rejected": rejected, "meta": {"preference_name": mood}})
-    return rows
-
-
-def responses():
-    """The same answers as SFT data, without any preference."""
-    return [{"prompt": row["prompt"], "response": row["chosen"]} for row in pairs()]
-
-
-def words(options):
-    """Options as a command line has them."""
-    options = {"device": "cpu", "precision": "fp32"} | options
-    return [word for key, value in options.items()
-            for word in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
-
-
-def run(module, **options):
-    """The real main of a script, its options read from a command line; then let the folder go."""
-    try:
-        module.main(common.parse_options(module.Options, words(options)))
-    finally:
-        common.LOCKS.clear()
-
-
-def sft(out_dir, **options):
-    run(train_sft, out_dir=out_dir, **SFT | options)
-
-
-def dpo(out_dir, **options):
-    run(train_dpo, out_dir=out_dir, **DPO | options)
-
-
-def read_log(folder):
-    """log.jsonl without times."""
-    rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-
-def weights(folder, name="model.pt"):
-    return torch.load(Path(folder) / name, weights_only=True)
-
-
-def same(a, b):
-    """Whether two nests of tensors and numbers are equal bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch, tiny_run, write_rows):
-    """Every test works in a folder of its own that holds `tiny`, a finished run, and the data."""
-    monkeypatch.chdir(tmp_path)
-    write_rows("pairs.jsonl", *pairs())
-    write_rows("responses.jsonl", *responses())
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 @pytest.fixture
@@ -150,14 +82,15 @@ def gradients(monkeypatch):
     seen, update = [], common.update
 
     def watched(model, *args):
-        seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        learned = [p for p in model.parameters() if p.requires_grad]
+        seen.append(torch.cat([p.grad.flatten() for p in learned]))
         return update(model, *args)
 
     monkeypatch.setattr(common, "update", watched)
     return seen
 
 
-@pytest.mark.parametrize("stage", [sft, dpo])
+@pytest.mark.parametrize("stage", [sft, dpo, lora])
 def test_micro_batches_give_the_large_batch(stage, gradients, write_rows):
     """14 rows in batches of 5, the last one of 4; one pass, a few, and one pass for each row."""
     write_rows("pairs.jsonl", *(row | {"label_prob": i / 13} for i, row in enumerate(pairs())))
@@ -338,18 +271,6 @@ def test_evaluation_uses_the_recorded_reference_and_notices_a_changed_one():
 # ---------------------------------------------------------------- stop and go on
 
 
-@pytest.fixture
-def keep_ckpt(monkeypatch):
-    """Keep the last checkpoint of a finished run as last.pt: a finished run drops it."""
-    finish = common.finish_run
-
-    def keep(folder, model):
-        shutil.copy(folder / "ckpt.pt", folder / "last.pt")
-        finish(folder, model)
-
-    monkeypatch.setattr(common, "finish_run", keep)
-
-
 def assert_same_run(a, b):
     """Weights, optimizer, random state and log of two finished runs are equal bit for bit."""
     assert same(weights(a), weights(b))
@@ -366,8 +287,8 @@ def test_kill_minus_nine_and_resume(stage, keep_ckpt):
     if stage is dpo:
         options |= {"eval_data": "pairs.jsonl", "eval_every": 7}
     script = "train_sft.py" if stage is sft else "train_dpo.py"
-    settings = SFT if stage is sft else DPO
-    line = [sys.executable, ROOT / script, *words(settings | options | {"out_dir": "out/cut"})]
+    settings = (SFT if stage is sft else DPO) | options | {"out_dir": "out/cut"}
+    line = [sys.executable, ROOT / script, *command_line(settings)]
     wanted, pause = random.randint(6, 60), random.random() / 50  # lines of the log, seconds
     process = subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"},
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -387,11 +308,11 @@ def test_kill_minus_nine_and_resume(stage, keep_ckpt):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("stage", [sft, dpo])
+@pytest.mark.parametrize("stage", [sft, dpo, lora])
 def test_stop_after_any_step_and_resume(stage, steps, keep_ckpt, monkeypatch):
     """Before the first checkpoint too, and where an evaluation falls on a checkpoint or not."""
     options = {"max_steps": 6, "save_every": 3}
-    if stage is dpo:
+    if stage is not sft:
         options |= {"eval_data": "pairs.jsonl", "eval_every": 2}
     update, done = common.update, []
 
@@ -536,7 +457,7 @@ def test_reference_stays_frozen_and_in_evaluation_mode(monkeypatch, passes):
 
     monkeypatch.setattr(train_dpo, "load_checkpoint", watched)
     dpo("out/a", max_steps=3, eval_data="pairs.jsonl", eval_every=1)
-    (reference, _, _), (policy, _, _) = models
+    (policy, _, _), (reference, _, _) = models
     assert same(dict(reference.state_dict()), dict(weights("tiny")))
     assert not reference.training
     assert all(p.grad is None for p in reference.parameters())

@@ -1,0 +1,334 @@
+"""Models of the Llama family from Hugging Face folders, and back.
+
+A folder has config.json, one or several *.safetensors, tokenizer.json; what its config asks for and
+`model.Transformer` does not do is an error that names the key.
+"""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import torch
+
+import common
+from common import UserError
+from hf_tokenizer import BYTE_OF, HfTokenizer
+from model import Linear, ModelConfig, from_weights
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+# ---------------------------------------------------------------- config
+
+
+def read_config(path):
+    """ModelConfig of a Hugging Face config.json. Raises UserError naming the key."""
+    asked = common.load_json(path)
+
+    def refuse(key, why):
+        raise UserError(f"{path}: field '{key}': {json.dumps(asked.get(key))}: {why}")
+
+    def number(key, default=None):
+        value = default if asked.get(key) is None else asked[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            refuse(key, "must be a number above 0")
+        return value
+
+    family = asked.get("model_type")
+    if family not in FAMILIES:
+        refuse("model_type", f"must be one of {', '.join(FAMILIES)}")
+    if asked.get("hidden_act", "silu") not in ("silu", "swish"):
+        refuse("hidden_act", "must be silu")
+    for key in ("attention_bias", "mlp_bias", "quantization_config"):
+        if asked.get(key):
+            refuse(key, "is not supported")
+    context = number("max_position_embeddings")
+    window = asked.get("sliding_window", 4096 if family == "mistral" else None)
+    windowed = asked.get("use_sliding_window", family == "mistral")
+    if windowed and window and window < context:
+        refuse("sliding_window", "a window is not supported; the model is exact up to that "
+               f"length, with max_position_embeddings {window} instead of {context}")  # fmt: skip
+    for kind in asked.get("layer_types") or ():
+        if kind != "full_attention" and not windowed:
+            refuse("layer_types", f"{kind} is not supported")
+    n_embd, n_head = number("hidden_size"), number("num_attention_heads")
+    theta, scaling = read_rope(asked, refuse)
+    try:
+        return ModelConfig(
+            vocab_size=number("vocab_size"), block_size=context,
+            n_layer=number("num_hidden_layers"), n_head=n_head,
+            n_kv_head=number("num_key_value_heads", n_head), n_embd=n_embd,
+            n_hidden=number("intermediate_size"), rope_theta=theta, rope_scaling=scaling,
+            norm_eps=number("rms_norm_eps"), qk_norm=family == "qwen3", qkv_bias=family == "qwen2",
+            head_size=number("head_dim", 128 if family == "qwen3" else n_embd // n_head),
+            tied=bool(asked.get("tie_word_embeddings", False)),
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_rope(asked, refuse):
+    """(theta, Llama 3's scaling or None), from `rope_parameters` or its older spelling."""
+    key = "rope_parameters" if asked.get("rope_parameters") else "rope_scaling"
+    rope = asked.get(key) or {}
+    if not isinstance(rope, dict):
+        refuse(key, "must be an object")
+    theta = rope.get("rope_theta", asked.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", asked.get("partial_rotary_factor", 1.0)) != 1.0:
+        refuse("partial_rotary_factor" if "partial_rotary_factor" in asked else key,
+               "partial rotation is not supported")
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        refuse(key, f"RoPE of type {kind} is not supported")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if not all(isinstance(rope.get(name), int | float) for name in names):
+        refuse(key, f"must have the numbers {', '.join(names)}")
+    return theta, {name: rope[name] for name in names}
+
+
+# ---------------------------------------------------------------- weights
+
+# Each of our tensors is one of theirs, or several on top of each other.
+LAYER = {
+    "norm_1.weight": ["input_layernorm.weight"],
+    "norm_2.weight": ["post_attention_layernorm.weight"],
+    "attention.qkv.weight": [f"self_attn.{x}_proj.weight" for x in "qkv"],
+    "attention.qkv.bias": [f"self_attn.{x}_proj.bias" for x in "qkv"],
+    "attention.q_norm.weight": ["self_attn.q_norm.weight"],
+    "attention.k_norm.weight": ["self_attn.k_norm.weight"],
+    "attention.out.weight": ["self_attn.o_proj.weight"],
+    "mlp.gate_up.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "mlp.down.weight": ["mlp.down_proj.weight"],
+}
+WHOLE = {
+    "embedding.weight": ["model.embed_tokens.weight"],
+    "norm.weight": ["model.norm.weight"],
+    "head.weight": ["lm_head.weight"],
+}
+
+
+def their_names(config):
+    """{our tensor: [their tensors]} of a model."""
+    absent = {"head.weight"} if config.tied else set()
+    absent |= set() if config.qkv_bias else {"attention.qkv.bias"}
+    absent |= set() if config.qk_norm else {"attention.q_norm.weight", "attention.k_norm.weight"}
+    names = {ours: theirs for ours, theirs in WHOLE.items() if ours not in absent}
+    for i in range(config.n_layer):
+        for ours, theirs in LAYER.items():
+            if ours not in absent:
+                names[f"blocks.{i}.{ours}"] = [f"model.layers.{i}.{name}" for name in theirs]
+    return names
+
+
+def weight_files(folder):
+    """{their tensor's name: file}. Raises UserError when the folder has no safetensors."""
+    safetensors = needed("safetensors")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        where = common.load_json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
+            raise UserError(f"{index}: field 'weight_map': must map tensors to files")
+        return {name: folder / Path(file).name for name, file in where.items()}
+    path = folder / "model.safetensors"
+    if not path.exists():
+        others = sorted(p.name for p in folder.glob("*.bin")) or ["no weights"]
+        raise UserError(f"{folder}: model.safetensors is missing (here: {others[0]})")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict.fromkeys(file.keys(), path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated or not a safetensors file: {error}") from None
+
+
+def read_weights(folder, config):
+    """Yield (our name, tensor), one tensor in memory at a time.
+
+    Raises UserError when a file is broken, or a tensor missing or left over.
+    """
+    safetensors = needed("safetensors")
+    files, names = weight_files(folder), their_names(config)
+    known = {name for theirs in names.values() for name in theirs} | {"lm_head.weight"}
+    left = sorted(name for name in files.keys() - known if not name.endswith("rotary_emb.inv_freq"))
+    lacking = sorted(known - files.keys() - {"lm_head.weight" if config.tied else ""})
+    for what, found in (("missing", lacking), ("not of this model's config", left)):
+        if found:
+            raise UserError(f"{folder}: tensor {found[0]}: {what}")
+    opened = {}
+    for ours, theirs in names.items():
+        parts = []
+        for name in theirs:
+            path = files[name]
+            try:
+                if path not in opened:
+                    opened[path] = safetensors.safe_open(path, framework="pt")
+                parts.append(opened[path].get_tensor(name))
+            except (safetensors.SafetensorError, OSError) as error:
+                raise UserError(f"{path}: tensor {name}: {error}") from None
+        yield ours, parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def needed(module, why=""):
+    """Import an optional package. Raises UserError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UserError(f"{why}this needs the package {package}: pip install {package}") from None
+
+
+# ---------------------------------------------------------------- in
+
+
+def find(name):
+    """The folder that is meant: one that is here, or `org/name` on the hub or in its local cache.
+
+    Raises UserError when there is neither.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) or folder.parent.is_dir():
+        raise UserError(f"{name}: no such checkpoint folder")
+    hub = needed("huggingface_hub", f"{name}: no such folder here; to look for it on the hub: ")
+    try:
+        return Path(hub.snapshot_download(str(name), allow_patterns=HUB_FILES))
+    except Exception as error:  # whatever the network stack raises
+        raise UserError(f"{name}: no such folder here, and not to be had from the hub: "
+                        f"{common.first_line(error)}") from None
+
+
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+
+def is_pretrained(folder):
+    """Is this a Hugging Face model folder (and not one of our runs)?"""
+    path = Path(folder) / "config.json"
+    return path.exists() and "model_type" in common.load_json(path)
+
+
+def load(folder, device, dtype=torch.float32):
+    """(model, tokenizer) of a Hugging Face folder; dtype as in `model.from_weights`."""
+    folder = Path(folder)
+    config = read_config(folder / "config.json")
+    tokenizer = HfTokenizer.load(folder)
+    try:
+        model = from_weights(config, read_weights(folder, config), device, dtype)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return model, tokenizer
+
+
+# ---------------------------------------------------------------- out
+
+
+def export(folder, model, tokenizer):
+    """Write a folder that `transformers` loads: float32 weights, adapters merged, tokenizer.
+
+    Raises UserError when the folder is in use or no Hugging Face family has such a model.
+    """
+    folder = Path(folder)
+    safetensors = needed("safetensors.torch")
+    config = their_config(model.config, tokenizer)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        in_use = any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--export {folder}: {error.strerror}") from None
+    if in_use:
+        raise UserError(f"--export {folder}: is in use")
+    tensors = dict(their_weights(model))
+    common.write_atomically(
+        folder / "model.safetensors",
+        lambda path: safetensors.save_file(tensors, path, metadata={"format": "pt"}),
+    )
+    if isinstance(tokenizer, HfTokenizer):
+        tokenizer.save(folder)
+    else:
+        save_native_tokenizer(folder, tokenizer, model.config.block_size)
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    common.save_json(folder / "generation_config.json", ids)
+    common.save_json(folder / "config.json", config)
+    print(f"wrote {folder} (for transformers and what reads its folders)")
+
+
+def their_config(config, tokenizer):
+    """config.json of the family that has this model's parts."""
+    if config.qk_norm and config.qkv_bias:
+        raise UserError("--export: no Hugging Face family has both query/key norm and bias")
+    family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    if family == "qwen2" and config.head_size * config.n_head != config.n_embd:
+        raise UserError("--export: qwen2 has no head size of its own")
+    scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
+    return {
+        "architectures": [f"{family.capitalize()}ForCausalLM"], "model_type": family,
+        "vocab_size": config.vocab_size, "max_position_embeddings": config.block_size,
+        "hidden_size": config.n_embd, "intermediate_size": config.n_hidden, "hidden_act": "silu",
+        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head, "head_dim": config.head_size,
+        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "rope_scaling": scaling,
+        "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+        "tie_word_embeddings": config.tied, "dtype": "float32", "torch_dtype": "float32",
+        "bos_token_id": None, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end,
+    }  # fmt: skip
+
+
+def their_weights(model):
+    """Yield (their name, tensor in float32), the adapters merged."""
+    config = model.config
+    heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+    sizes = {3: [n * config.head_size for n in heads], 2: [config.n_hidden] * 2}
+    for ours, theirs in their_names(config).items():
+        path, _, leaf = ours.rpartition(".")
+        module = model.get_submodule(path)
+        merged = leaf == "weight" and isinstance(module, Linear)
+        whole = (module.merged() if merged else getattr(module, leaf)).detach().float().cpu()
+        parts = whole.split(sizes[len(theirs)]) if len(theirs) > 1 else [whole]
+        for name, part in zip(theirs, parts, strict=True):
+            yield name, part.clone()
+
+
+# A turn of any role is its special token and its content; the roles are those of data.py's tiers.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
+    "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def save_native_tokenizer(folder, tokenizer, block_size):
+    """tokenizer.json of a tiktoken vocabulary, which merges whatever makes a token: so do we."""
+    char_of = {byte: char for char, byte in BYTE_OF.items()}
+    pieces = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
+    text = {piece: "".join(map(char_of.__getitem__, piece)) for piece in pieces}
+    merges = [
+        [text[piece[:i]], text[piece[i:]]]
+        for piece in pieces
+        for i in range(1, len(piece))
+        if piece[:i] in text and piece[i:] in text
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": False}  # fmt: skip
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated",
+             "invert": False}  # fmt: skip
+    common.save_json(folder / "tokenizer.json", {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": [
+            {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True} for token, i in tokenizer.special.items()
+        ],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None, "decoder": byte_level,
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": True, "merges": merges,
+            "vocab": {text[piece]: rank for piece, rank in tokenizer.ranks.items()},
+        },
+    })  # fmt: skip
+    common.save_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
+        "eos_token": "<|end|>", "pad_token": "<|end|>",
+    })  # fmt: skip

@@ -1,0 +1,213 @@
+"""The real result: politeness, length and personas for a pretrained chat model.
+
+    python real.py --data $DATA            # writes out/real/*.jsonl, prints the length-only rule
+    python real.py --ckpt out/real-dpo     # generated answers to held-out prompts
+
+Some wordings and personas never enter training, so that following unseen ones can be measured.
+"""
+
+import json
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+import data
+import evaluate
+from common import UserError
+from sample import answer, load_checkpoint
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write the training and evaluation files, or with --ckpt look at what a model answers."""
+
+    data: str = ""  # folder with polite, concise and personas, each with train.jsonl and val.jsonl
+    out_dir: str = "out/real"  # folder of the files
+    polite_copies: int = 4  # how often a politeness pair occurs, each time in other wordings
+    concise_pairs: int = 300  # how many pairs of at most concise_size characters
+    concise_size: int = 900  # prompt, preference and both answers together
+    personas_pairs: int = 500  # how many pairs of statements
+    seed: int = 0  # of what is held out and drawn
+    ckpt: str = ""  # answer held-out prompts with this checkpoint instead
+    prompts: int = 20  # how many
+    max_new_tokens: int = 200  # longest answer, in tokens
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    precision: str = "auto"  # auto, bf16, fp16, fp32
+
+    def __post_init__(self):
+        common.at_least(self, 1, "prompts", "max_new_tokens")
+        common.at_least(
+            self, 0, "polite_copies", "concise_pairs", "concise_size", "personas_pairs", "seed"
+        )
+
+
+WORDED = ("polite", "concise")  # datasets in which a preference has many wordings
+HELD_OUT = {"stated": 5, "implied": 3}  # wordings of each preference that training never shows
+HELD_OUT_PERSONAS = 6
+UNSEEN_ROWS = 160  # held-out rows that are asked again under unseen wordings
+
+# ---------------------------------------------------------------- training and evaluation files
+
+
+def read(folder, name, split):
+    [(_, records)] = data.read_preferences(str(Path(folder) / name / f"{split}.jsonl"))
+    return [{k: v for k, v in record.items() if k != "where"} for record in records]
+
+
+def flips(records):
+    return [[records[i], records[j]] for i, j in evaluate.find_flips(records)]
+
+
+def wordings(records, rng):
+    """(wordings to train on, wordings held out), each {(preference_name, kind): [text]}."""
+    found = defaultdict(set)
+    for record in records:
+        found[record["meta"]["preference_name"], record["meta"]["wording"]].add(
+            record["preference"]
+        )
+    seen, unseen = {}, {}
+    for (name, kind), texts in sorted(found.items()):
+        texts = rng.sample(sorted(texts), len(texts))
+        unseen[name, kind], seen[name, kind] = texts[: HELD_OUT[kind]], texts[HELD_OUT[kind] :]
+    return seen, unseen
+
+
+def reworded(record, texts, kind, rng):
+    """The same row under another wording of the same preference."""
+    name = record["meta"]["preference_name"]
+    meta = record["meta"] | {"wording": kind}
+    return record | {"preference": rng.choice(texts[name, kind]), "meta": meta}
+
+
+def worded_sets(folder, name, rng):
+    """(function that rewords a training row, {evaluation set: rows}) of polite or concise."""
+    seen, unseen = wordings(read(folder, name, "train"), rng)
+    held_out = read(folder, name, "val")
+    sets = {f"{name}-val": held_out}
+    for kind in HELD_OUT:
+        again = [reworded(record, unseen, kind, rng) for record in held_out[:UNSEEN_ROWS]]
+        sets[f"{name}-unseen-{kind}"] = again
+    kinds = ("stated", "stated", "implied")  # two thirds and one third, as in the data
+    return lambda record: reworded(record, seen, rng.choice(kinds), rng), sets
+
+
+def characters(record):
+    return sum(len(record[field]) for field in ("preference", "prompt", "chosen", "rejected"))
+
+
+def personas_sets(folder, rng):
+    """(training pairs, {evaluation set: rows}): no held-out persona is in a training pair."""
+    pairs = flips(read(folder, "personas", "train"))
+    names = [{record["meta"]["preference_name"] for record in pair} for pair in pairs]
+    held_out = set(rng.sample(sorted(set().union(*names)), HELD_OUT_PERSONAS))
+    train = [pair for pair, who in zip(pairs, names, strict=True) if not who & held_out]
+    unseen = [pair for pair, who in zip(pairs, names, strict=True) if who <= held_out]
+    sets = {"personas-val": read(folder, "personas", "val"),
+            "personas-unseen": [record for pair in unseen for record in pair]}
+    return train, sets
+
+
+def prepare(options):
+    """{file name: rows} of the training file and of every evaluation set."""
+    rng, train, sets = random.Random(options.seed), [], {}
+    again, found = worded_sets(options.data, "polite", rng)
+    sets |= found
+    for _ in range(options.polite_copies):
+        train += [again(record) for record in read(options.data, "polite", "train")]
+    again, found = worded_sets(options.data, "concise", rng)
+    sets |= found
+    pairs = [pair for pair in flips(read(options.data, "concise", "train"))
+             if max(map(characters, pair)) <= options.concise_size]
+    for pair in rng.sample(pairs, min(options.concise_pairs, len(pairs))):
+        train += map(again, pair)
+    pairs, found = personas_sets(options.data, rng)
+    sets |= found
+    for pair in rng.sample(pairs, min(options.personas_pairs, len(pairs))):
+        train += pair
+    return {"train": train, **sets}
+
+
+# ---------------------------------------------------------------- the length-only rule
+
+
+def length_rule(records):
+    """Flips that a rule gets right which reads the preference but only the answers' length.
+
+    {`meta.dataset` or "all": (right, flips)}; the rule is shorter for the preference of the first
+    name in alphabetical order (concise before detailed), longer for the other, or the reverse,
+    whichever is right more often.
+    """
+    counts = defaultdict(list)
+    for one, other in flips(records):
+        first = min(one, other, key=lambda record: record["meta"]["preference_name"])
+        shorter = len(first["chosen"]) < len(first["rejected"])
+        for group in {"all", first["meta"].get("dataset", "all")}:
+            counts[group].append(shorter)
+    return {group: (max(sum(right), len(right) - sum(right)), len(right))
+            for group, right in sorted(counts.items())}
+
+
+def print_length_rule(sets):
+    print("flips that the answers' length alone gets right, the better direction for each source")
+    for name, records in sets.items():
+        for group, (right, n) in length_rule(records).items():
+            print(f"  {name:<24} {group:<32} {100 * right / n:5.1f} of {n}")
+
+
+# ---------------------------------------------------------------- generated answers
+
+ASKED = {"concise": ("Be concise.", "Be detailed."), "polite": ("Please be polite.", "Be blunt.")}
+
+
+def first_prompts(records, n):
+    """The first n different prompts, in the order of the file."""
+    return list(dict.fromkeys(record["prompt"] for record in records))[:n]
+
+
+def answer_both_ways(options):
+    """Print greedy answers under opposite preferences, and the ratio of their mean lengths."""
+    device = common.pick_device(options.device)
+    precision = common.pick_precision(options.precision, device)
+    model, tokenizer, _ = load_checkpoint(options.ckpt, device, common.PRECISIONS[precision])
+    for name, preferences in ASKED.items():
+        path = Path(options.out_dir) / f"{name}-val.jsonl"
+        [(_, records)] = data.read_preferences(str(path))
+        prompts = first_prompts(records, options.prompts)
+        texts = {}
+        with common.autocast(device, precision):
+            for preference in preferences:
+                asked = [{"preference": preference, "prompt": prompt} for prompt in prompts]
+                texts[preference] = answer(model, tokenizer, asked, options.max_new_tokens)
+        for i, prompt in enumerate(prompts):
+            print(f"\n{prompt}")
+            for preference in preferences:
+                print(f"  [{preference}] {texts[preference][i]}")
+        short, long = (sum(map(len, texts[p])) / len(prompts) for p in preferences)
+        print(f"\n{name}: {short:.0f} characters on average under {preferences[0]!r}, {long:.0f} "
+              f"under {preferences[1]!r}, ratio {long / max(short, 1):.2f}")
+
+
+def main(options):
+    if options.ckpt:
+        answer_both_ways(options)
+        return
+    if not options.data:
+        raise UserError("--data or --ckpt is required")
+    files = prepare(options)
+    folder = Path(options.out_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out_dir {folder}: {error.strerror}") from None
+    for name, records in files.items():
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        path = folder / f"{name}.jsonl"
+        common.write_atomically(path, lambda temporary, text=lines: temporary.write_text(text))
+        print(f"wrote {path}: {len(records)} rows")
+    print_length_rule({name: rows for name, rows in files.items() if name != "train"})
+
+
+if __name__ == "__main__":
+    common.run(main, Options)
