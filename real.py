@@ -61,7 +61,11 @@ def flips(records):
 
 
 def wordings(records, rng):
-    """(wordings to train on, wordings held out), each {(preference_name, kind): [text]}."""
+    """(wordings to train on, wordings held out), each {(preference_name, kind): [text]}.
+
+    Beside the data's own, training has those of wordings.json, written for this purpose.
+    """
+    more = common.load_json(Path(__file__).with_name("wordings.json"))
     found = defaultdict(set)
     for record in records:
         found[record["meta"]["preference_name"], record["meta"]["wording"]].add(
@@ -70,7 +74,8 @@ def wordings(records, rng):
     seen, unseen = {}, {}
     for (name, kind), texts in sorted(found.items()):
         texts = rng.sample(sorted(texts), len(texts))
-        unseen[name, kind], seen[name, kind] = texts[: HELD_OUT[kind]], texts[HELD_OUT[kind] :]
+        unseen[name, kind] = texts[: HELD_OUT[kind]]
+        seen[name, kind] = texts[HELD_OUT[kind] :] + more[name][kind]
     return seen, unseen
 
 
@@ -89,8 +94,7 @@ def worded_sets(folder, name, rng):
     for kind in HELD_OUT:
         again = [reworded(record, unseen, kind, rng) for record in held_out[:UNSEEN_ROWS]]
         sets[f"{name}-unseen-{kind}"] = again
-    kinds = ("stated", "stated", "implied")  # two thirds and one third, as in the data
-    return lambda record: reworded(record, seen, rng.choice(kinds), rng), sets
+    return lambda record: reworded(record, seen, rng.choice(list(HELD_OUT)), rng), sets
 
 
 def characters(record):
@@ -111,20 +115,20 @@ def personas_sets(folder, rng):
 
 def prepare(options):
     """{file name: rows} of the training file and of every evaluation set."""
-    rng, train, sets = random.Random(options.seed), [], {}
-    again, found = worded_sets(options.data, "polite", rng)
+    seed, train, sets = options.seed, [], {}
+    again, found = worded_sets(options.data, "polite", random.Random(seed))
     sets |= found
     for _ in range(options.polite_copies):
         train += [again(record) for record in read(options.data, "polite", "train")]
-    again, found = worded_sets(options.data, "concise", rng)
+    again, found = worded_sets(options.data, "concise", random.Random(seed))
     sets |= found
     pairs = [pair for pair in flips(read(options.data, "concise", "train"))
              if max(map(characters, pair)) <= options.concise_size]
-    for pair in rng.sample(pairs, min(options.concise_pairs, len(pairs))):
+    for pair in random.Random(seed).sample(pairs, min(options.concise_pairs, len(pairs))):
         train += map(again, pair)
-    pairs, found = personas_sets(options.data, rng)
+    pairs, found = personas_sets(options.data, random.Random(seed))
     sets |= found
-    for pair in rng.sample(pairs, min(options.personas_pairs, len(pairs))):
+    for pair in random.Random(seed).sample(pairs, min(options.personas_pairs, len(pairs))):
         train += pair
     return {"train": train, **sets}
 
