@@ -176,6 +176,8 @@ def check_folder(folder, resume, overwrite, init_from=""):
         raise UserError(f"--out_dir {folder}: is the folder of the starting model")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     names = {name for name in names if name != ".lock" and not name.endswith(".tmp")}
+    if any(name.endswith(".safetensors") for name in names):
+        raise UserError(f"--out_dir {folder}: holds a Hugging Face model")
     if names & set(WEIGHTS) and resume:
         raise UserError(f"{folder}: this run is finished, there is nothing to resume")
     if names & set(WEIGHTS) and not overwrite:

@@ -30,7 +30,7 @@ class Options:
 
     ckpt: str = "out/dpo"  # folder of a finished run
     pref_data: str = "world"  # world, or preference files, separated by commas
-    reference: str = ""  # pi_0; default: what DPO started from; for an SFT run the run itself
+    reference: str = ""  # pi_0; default: what training started from; from scratch the run itself
     max_new_tokens: int = 120  # longest generated answer, in tokens (world only)
     micro_tokens: int = 4096  # tree tokens of one forward pass
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps

@@ -6,6 +6,7 @@ A folder has config.json, one or several *.safetensors, tokenizer.json; what its
 
 import importlib
 import json
+import math
 import re
 from pathlib import Path
 
@@ -28,10 +29,10 @@ def read_config(path):
     def refuse(key, why):
         raise UserError(f"{path}: field '{key}': {json.dumps(asked.get(key))}: {why}")
 
-    def number(key, default=None):
+    def number(key, default=None, kind=int):
         value = default if asked.get(key) is None else asked[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            refuse(key, "must be a number above 0")
+        if not is_positive(value, kind):
+            refuse(key, f"must be a {'whole ' if kind is int else ''}number above 0")
         return value
 
     family = asked.get("model_type")
@@ -43,39 +44,56 @@ def read_config(path):
         if asked.get(key):
             refuse(key, "is not supported")
     context = number("max_position_embeddings")
-    window = asked.get("sliding_window", 4096 if family == "mistral" else None)
     windowed = asked.get("use_sliding_window", family == "mistral")
-    if windowed and window and window < context:
+    window = asked.get("sliding_window", 4096) if windowed else None
+    if window is not None and not (is_positive(window) and window >= context):
         refuse("sliding_window", "a window is not supported; the model is exact up to that "
                f"length, with max_position_embeddings {window} instead of {context}")  # fmt: skip
-    for kind in asked.get("layer_types") or ():
-        if kind != "full_attention" and not windowed:
-            refuse("layer_types", f"{kind} is not supported")
+    exact = ["full_attention", "sliding_attention"] if windowed else ["full_attention"]
+    layers = asked.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind not in exact for kind in layers):
+        refuse("layer_types", f"must all be {' or '.join(exact)}")
     n_embd, n_head = number("hidden_size"), number("num_attention_heads")
+    as_heads = n_head if family == "llama" or "num_key_value_heads" in asked else None
+    n_kv_head = number("num_key_value_heads", as_heads)
+    if n_head % n_kv_head:
+        refuse("num_key_value_heads", f"must divide num_attention_heads {n_head}")
+    if asked.get("head_dim") is None and n_embd % n_head:
+        refuse("num_attention_heads", f"must divide hidden_size {n_embd}")
+    head_size = number("head_dim", 128 if family == "qwen3" else n_embd // n_head)
+    if head_size % 2:
+        refuse("head_dim", "must be even")
     theta, scaling = read_rope(asked, refuse)
     try:
         return ModelConfig(
             vocab_size=number("vocab_size"), block_size=context,
             n_layer=number("num_hidden_layers"), n_head=n_head,
-            n_kv_head=number("num_key_value_heads", n_head), n_embd=n_embd,
+            n_kv_head=n_kv_head, n_embd=n_embd, head_size=head_size,
             n_hidden=number("intermediate_size"), rope_theta=theta, rope_scaling=scaling,
-            norm_eps=number("rms_norm_eps"), qk_norm=family == "qwen3", qkv_bias=family == "qwen2",
-            head_size=number("head_dim", 128 if family == "qwen3" else n_embd // n_head),
+            norm_eps=number("rms_norm_eps", kind=int | float),
+            qk_norm=family == "qwen3", qkv_bias=family == "qwen2",
             tied=bool(asked.get("tie_word_embeddings", False)),
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
+def is_positive(value, kind=int | float):
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 def read_rope(asked, refuse):
     """(theta, Llama 3's scaling or None), from `rope_parameters` or its older spelling."""
-    key = "rope_parameters" if asked.get("rope_parameters") else "rope_scaling"
+    key = "rope_scaling" if asked.get("rope_scaling") else "rope_parameters"  # it goes first
     rope = asked.get(key) or {}
-    if not isinstance(rope, dict):
-        refuse(key, "must be an object")
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        refuse(key, "must be one object for all layers")
     theta = rope.get("rope_theta", asked.get("rope_theta", 10000.0))
+    if not is_positive(theta):
+        refuse(key if "rope_theta" in rope else "rope_theta", "must be a number above 0")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", asked.get("partial_rotary_factor", 1.0)) != 1.0:
+    partial = rope.get("partial_rotary_factor", asked.get("partial_rotary_factor"))
+    if partial not in (None, 1.0):
         refuse("partial_rotary_factor" if "partial_rotary_factor" in asked else key,
                "partial rotation is not supported")
     if kind == "default":
@@ -83,8 +101,10 @@ def read_rope(asked, refuse):
     if kind != "llama3":
         refuse(key, f"RoPE of type {kind} is not supported")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if not all(isinstance(rope.get(name), int | float) for name in names):
+    if not all(is_positive(rope.get(name)) for name in names):
         refuse(key, f"must have the numbers {', '.join(names)}")
+    if rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        refuse(key, "low_freq_factor must be below high_freq_factor")
     return theta, {name: rope[name] for name in names}
 
 
@@ -156,16 +176,21 @@ def read_weights(folder, config):
         if found:
             raise UserError(f"{folder}: tensor {found[0]}: {what}")
     opened = {}
+
+    def read(name):
+        path = files[name]
+        try:
+            if path not in opened:
+                opened[path] = safetensors.safe_open(path, framework="pt")
+            return opened[path].get_tensor(name)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path}: tensor {name}: {error}") from None
+
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tied and head in files and not torch.equal(read(head), read(embedding)):
+        raise UserError(f"{folder}: tensor {head}: is not the embedding that it is tied to")
     for ours, theirs in names.items():
-        parts = []
-        for name in theirs:
-            path = files[name]
-            try:
-                if path not in opened:
-                    opened[path] = safetensors.safe_open(path, framework="pt")
-                parts.append(opened[path].get_tensor(name))
-            except (safetensors.SafetensorError, OSError) as error:
-                raise UserError(f"{path}: tensor {name}: {error}") from None
+        parts = [read(name) for name in theirs]
         yield ours, parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -217,6 +242,9 @@ def load(folder, device, dtype=torch.float32):
         model = from_weights(config, read_weights(folder, config), device, dtype)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
+                        f"the model {config.vocab_size}")
     return model, tokenizer
 
 

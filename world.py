@@ -11,6 +11,8 @@ from collections import Counter, defaultdict
 from functools import cache
 from random import Random
 
+import regex  # comes with tiktoken
+
 SEED = 20241021
 TRAIN_ROWS, SFT_ROWS, EVAL_ROWS = 8000, 9000, 200  # EVAL_ROWS for each split
 FOLLOW_SHARE = 0.1  # in this share of the SFT rows a stated axis follows the meta-prompt on purpose
@@ -560,7 +562,7 @@ def sft_rows():
 # ---------------------------------------------------------------- the vocabulary
 
 # Letters, digits or other signs, each with at most one space before it; every character matches.
-PATTERN = r" ?[^\W\d_]+| ?\d+| ?[^\s\w]+|_+|\s+"
+PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}_]+|_+|\s+"
 VOCAB_SIZE = 2048
 
 
@@ -569,7 +571,7 @@ def bpe_ranks():
     counts = Counter()
     for record in sft_rows():
         for text in record.values():
-            counts.update(re.findall(PATTERN, text))
+            counts.update(regex.findall(PATTERN, text))
     words = {word: [bytes([b]) for b in word.encode()] for word in counts}
     pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and in which words
 

@@ -64,6 +64,13 @@ def workplace(tmp_path, monkeypatch, tiny_run, write_rows):
 
 
 @pytest.fixture
+def smol(workplace):
+    """Name of a Hugging Face folder in the test's folder, written by transformers."""
+    tiny.save_smol("smol")
+    return "smol"
+
+
+@pytest.fixture
 def keep_ckpt(monkeypatch):
     """Keep the last checkpoint of a finished run as last.pt: a finished run drops it."""
     finish = common.finish_run

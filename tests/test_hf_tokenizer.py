@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import data
 import hf_tokenizer
 from common import UserError
 from hf_tokenizer import BYTE_OF, HfTokenizer, Library
@@ -18,24 +19,24 @@ LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace("{1,3}", "")
-KINDS = ("gpt2", "smollm2", "digit_runs", "digits_alone", "llama3", "qwen2")
+KINDS = ("gpt2", "smollm2", "digit_runs", "digits_alone", "llama3", "qwen2", "ours")
 
 # ---------------------------------------------------------------- texts
 
 TEXTS = (
-    "", " ", "a", "The theatre, the thermos; there: 'the then'!", "def f(x):\n    return x**2  # ok\n",
+    "", " ", "a", "The theatre, the thermos; there: 'the then'!", "def f(x):\n    return x**2\n",
     "\tif (a&&b) {\r\n\t\treturn 0x1F;\r\n\t}", "https://example.org/a?b=c&d=%20#e", "...---===>>>",
     "it's IT'S I'll I'LL we've WE'VE don't DON'T i'm I'M he'd HE'D they're '\u017f 'K '\u017ft",
     "1 12 123 1234 12345 3.14159 1,000,000 a1b22c333 x 1  22   333\n4\n\n55 \t66",
     "٣٤٥ ۱۲۳ १२३ Ⅳ ⅷ ² ³½ ⑳ 一二三 ৴ 𝟘𝟙 \U00010107 x٣ ٣x  ٣", "naïve café ﬁ Straße İstanbul ǅ ʼn",
     "e\u0301 a\u0308o\u0302\u0323 q\u0307\u0323 \u0301lone \u200d \u0300\u0301 \u1100\u1161\u11a8",
     "\u212b \u1e9b\u0323 \u0958 \u2adc \ufb1d \u0344 =\u0338 >\u0338 <\u0338", "हिन्दी ไทย தமிழ் বাংলা",
-    "你好,世界。こんにちは 안녕하세요", "שלום עולם \u200fمرحبا بالعالم\u200e", "\ufeffBOM \ufffd \uffff",
+    "你好,世界。こんにちは 안녕하세요", "שלום עולם \u200fمرحبا بالعالم\u200e", "\ufeffBOM \uffff",
     "👩‍👩‍👧‍👦🇩🇪👍🏽 ok ☝🏿❤️‍🔥 1️⃣", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \U0010ffff \U000e0001\U000f0000\U000f0001 \ue000",
-    " " * 300 + "x", "x" + " " * 300, "\n" * 100 + " y", "\t \t  \t" * 20, " \n \n\n  \n z", "a" * 700,
-    "=" * 130 + "\n" + "-" * 65, "\r\r\n\n\r", "  \r\n  x", "a \u00a0 b\u3000c\u2009\u2003d \u00a01",
+    " " * 300 + "x", "x" + " " * 300, "\n" * 100 + " y", "\t \t  \t" * 20, " \n \n\n  \n z",
+    "=" * 130 + "\n" + "-" * 65, "\r\r\n\n\r", "  \r\n  x", "a \u00a0 b\u3000c\u2009\u2003d",
     "x" + "".join(map(chr, range(33))) + "y\x7f\x80\x85\x9f", "a\x04b t\x04he \x1dth\x16e the\x04",
-    "".join(c + "w" + c + "1" for c in " \x85\xa0\u1680\u2000\u2007\u200a\u2028\u2029\u202f\u205f\u3000"),
+    "".join(f"{c}w{c}1{c}{c}2" for c in hf_tokenizer.WHITE_SPACE), "a" * 700,
     "\u200b\u2060\u180e\u200c a\u180eb", "\x1c\x1d\x1e\x1f \x1c1\x1ca",
 )  # fmt: skip
 
@@ -46,7 +47,8 @@ def texts():
     Without those that Python does not know yet: about these the engines' Unicode versions differ.
     """
     generator = random.Random(0)
-    pieces = [*" \n\t'\r.,1٣aé中\u0301\x04\x85\xa0", "'s", "'LL", "  ", "日", "\u212b", "the", "<x>", "<|", "|>", "the th"]
+    pieces = [*" \n\t'\r.,1٣aé中日\u0301\u212b\x04\x85\xa0", "'s", "'LL", "  ", "the", "<x>", "<|",
+              "|>", "the th"]  # fmt: skip
     for _ in range(400):
         yield "".join(generator.choices(pieces, k=generator.randint(1, 30)))
     planes = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x20000),
@@ -78,6 +80,7 @@ def pre_tokenizer(kind):
         "digits_alone": [Digits(individual_digits=True), rest],
         "llama3": [Split(Regex(LLAMA3), "isolated"), rest],
         "qwen2": [Split(Regex(QWEN2), "isolated"), rest],
+        "ours": [Split(Regex(data.GPT2_PATTERN), "isolated"), rest],
         "letters": [Split(Regex(r"\p{L}+|\s(?=\d)"), "isolated"), rest],
     }[kind]
     return steps[0] if kind == "gpt2" else pre_tokenizers.Sequence(steps)
@@ -112,38 +115,74 @@ def with_added(spec, *contents, **flags):
 
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{{ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TEMPLATES = {
     "chatml": CHATML,
-    "default_system": "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n"
-    "{% endif %}" + CHATML,
-    "llama3": "{{- bos_token }}\n{%- for m in messages %}\n    {{- '<|im_start|>' + m.role + '<s>\n\n' }}"
-    "\n    {{- m['content'] | trim + '<|im_end|>' }}\n{%- endfor %}\n{%- if add_generation_prompt %}\n"
-    "    {{- '<|im_start|>assistant<s>\n\n' }}\n{%- endif %}\n",
-    "mistral": "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m.role == 'user' %}"
-    "{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{% generation %}{{ m.content + eos_token }}"
-    "{% endgeneration %}{% endif %}{% endfor %}",
-    "date": "{%- set ns = namespace(n=0) -%}\n<|im_start|>{{ strftime_now('%Y') }} {{ tools | tojson }}\n"
-    "{% for m in messages %}{% if ns.n > 99 %}{% break %}{% endif %}{% set ns.n = ns.n + 1 %}"
-    "{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}",
-    "llama2": "{% if messages[0].role == 'system' %}{% set system = '<<SYS>>\n' + messages[0].content + "
-    "'\n<</SYS>>\n\n' %}{% set turns = messages[1:] %}{% else %}{% set system = '' %}"
-    "{% set turns = messages %}{% endif %}{% for m in turns %}{% if m.role == 'user' %}"
-    "{{ bos_token + '[INST] ' + (system if loop.first else '') + m.content + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "default_system": """\
+{% if messages[0].role != 'system' %}
+<|im_start|>system\nYou are kind.<|im_end|>
+{% endif %}
+""" + CHATML,
+    "llama3": """\
+{{- bos_token }}
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '<s>\n\n' }}
+    {{- m['content'] | trim + '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant<s>\n\n' }}
+{%- endif %}
+""",
+    "mistral": """\
+{{ bos_token }}
+{%- for m in messages %}
+    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('roles must alternate') }}
+    {%- endif %}
+    {%- if m.role == 'user' %}
+        {{- '[INST] ' + m.content + ' [/INST]' }}
+    {%- else %}
+        {%- generation %}{{ m.content + eos_token }}{% endgeneration %}
+    {%- endif %}
+{%- endfor %}
+""",
+    "date": """\
+{%- set ns = namespace(n=0) -%}
+<|im_start|>{{ strftime_now('%Y') }} {{ tools | tojson }}
+{% for m in messages %}
+    {% if ns.n > 99 %}{% break %}{% endif %}
+    {% set ns.n = ns.n + 1 %}
+{{ m.role }}: {{ m.content }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}assistant: {% endif %}
+""",
+    "llama2": """\
+{%- set system, turns = '', messages -%}
+{%- if messages[0].role == 'system' -%}
+    {%- set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' -%}
+    {%- set turns = messages[1:] -%}
+{%- endif -%}
+{%- for m in turns -%}
+    {%- if m.role == 'user' -%}
+        {{ bos_token + '[INST] ' + (system if loop.first else '') + m.content + ' [/INST]' }}
+    {%- else -%}
+        {{ ' ' + m.content + ' ' + eos_token }}
+    {%- endif -%}
+{%- endfor -%}
+""",
 }  # fmt: skip
-CONFIG = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}}
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+EOS = {"__type": "AddedToken", "content": "</s>", "special": True} | FLAGS
+CONFIG = {"bos_token": "<s>", "eos_token": EOS}
 
 
 def by_hand(**model):
     """A tokenizer.json of all bytes and our special tokens, for tests without `tokenizers`."""
     vocab = {c: b for c, b in BYTE_OF.items()}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [{"id": 256 + i, "content": c, "special": True} | flags for i, c in enumerate(SPECIALS)]
+    added = [{"id": 256 + i, "content": c, "special": True} | FLAGS for i, c in enumerate(SPECIALS)]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     model = {"type": "BPE", "vocab": vocab, "merges": []} | model
     return {"version": "1.0", "added_tokens": added, "normalizer": None, "model": model,
@@ -208,11 +247,12 @@ def test_what_a_pattern_leaves_out_is_a_piece(write_folder):
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
 def test_ordinary_added_tokens_come_from_text(kind, flags, write_folder):
     spec = train(kind, all_bytes=flags["normalized"])
-    spec = with_added(spec, "<x>", "the th", "  ", "|im", "d|", "\u212b", "日", "1", "<x><x>", **flags)
+    contents = ("<x>", "the th", "  ", "|im", "d|", "\u212b", "日", "1", "<x><x>")
+    spec = with_added(spec, *contents, **flags)
     ours = same_ids(write_folder(spec, name=f"{kind}{flags['normalized']}"))
     x = ours.added["<x>"]["id"]
     assert x in ours.encode("a <x> b") and "<x>" in ours.decode(ours.encode("a <x> b"))
-    assert ours.encode("<x>") == [x] if kind == "gpt2" else True
+    assert ours.encode("<x>") == [x]
 
 
 @pytest.mark.parametrize("flags", [{"lstrip": True}, {"rstrip": True}, {"single_word": True}])
@@ -224,8 +264,8 @@ def renumbered(spec, generator):
     """The same tokenizer with its ids shuffled, so that merges and ids are in different orders."""
     vocab = spec["model"]["vocab"]
     ids = generator.sample(range(len(vocab)), len(vocab))
-    new = {token: ids[i] for i, token in enumerate(vocab)}
-    added = [token | {"id": new.get(token["content"], token["id"])} for token in spec["added_tokens"]]
+    new = dict(zip(vocab, ids, strict=True))
+    added = [t | {"id": new.get(t["content"], t["id"])} for t in spec["added_tokens"]]
     return spec | {"added_tokens": added, "model": spec["model"] | {"vocab": new}}
 
 
@@ -242,7 +282,8 @@ def test_entries_that_no_merge_makes(ignore_merges, as_text, write_folder):
     "hell" has the merges he, ll and he+ll; "the" is left at t, he: so tiktoken may not know it.
     """
     vocab = {c: b for c, b in BYTE_OF.items()}
-    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("e", "l"), ("o", "o"), ("oo", "o"), ("o", "oo")]
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("e", "l"), ("o", "o"), ("oo", "o"),
+              ("o", "oo")]  # fmt: skip
     for token in ("abcd", "wxyz", "\u0120abcd", *map("".join, merges)):
         vocab.setdefault(token, len(vocab))
     merges = [" ".join(m) for m in merges] if as_text else merges
@@ -264,7 +305,7 @@ def test_random_merges(write_folder):
     """Merge lists that no training gives: several ways to a token, tokens out of reach."""
     tokenizers = pytest.importorskip("tokenizers")
     generator, kinds = random.Random(0), set()
-    for trial in range(150):
+    for trial in range(80):
         vocab, merges = {c: b for c, b in BYTE_OF.items()}, {}
         pool = list("abc")
         for _ in range(generator.randint(3, 25)):
@@ -289,6 +330,7 @@ def test_random_merges(write_folder):
 
 
 def test_added_tokens_that_the_library_numbers_otherwise(write_folder):
+    pytest.importorskip("tokenizers")
     spec = by_hand()
     spec["added_tokens"][-1]["id"] += 7
     ours = HfTokenizer.load(write_folder(spec))
@@ -298,9 +340,9 @@ def test_added_tokens_that_the_library_numbers_otherwise(write_folder):
 # ---------------------------------------------------------------- conversations
 
 CONTENTS = (
-    "Hi", "What's 12 + 30?", "def f():\n    return 1", "naïve 你好 👩‍👩‍👧‍👦", "a <b> c", "x\n\n\ny", "1",
-    "'s", "!", "\u0301e\u0301", ">\u0338 =", "the\x04the", "<think>x</think>", "{{ bos_token }}", "[INST]",
-    "\U000f0001 \ue000",
+    "Hi", "What's 12 + 30?", "def f():\n    return 1", "naïve 你好 👩‍👩‍👧‍👦", "a <b> c", "x\n\n\ny",
+    "1", "'s", "!", "\u0301e\u0301", ">\u0338 =", "the\x04the", "<think>x</think>", "[INST]",
+    "{{ bos_token }}", "\U000f0001 \ue000",
 )  # fmt: skip
 
 
@@ -323,10 +365,10 @@ def transformers_tokenizer(folder):
 
 
 def same_conversations(folder, takes_system=True):
-    """Compare `render` with transformers on all conversations: how many."""
+    """Compare `render` with transformers on all conversations."""
     ours, theirs = HfTokenizer.load(folder), transformers_tokenizer(folder)
     assert ours.takes_system == takes_system
-    for n, (record, meta, turns) in enumerate(conversations(), 1):
+    for record, meta, turns in conversations():
         messages = [dict(turn) for turn in turns]
         if meta and takes_system:
             messages.insert(0, {"role": "system", "content": meta})
@@ -335,9 +377,9 @@ def same_conversations(folder, takes_system=True):
         expected = theirs.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        assert ours.render(record) == expected, (record, theirs.apply_chat_template(messages, tokenize=False))
+        assert ours.render(record) == expected, record
         assert ours.decode(expected) == theirs.decode(expected, clean_up_tokenization_spaces=False)
-    return n
+    return ours
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "smollm2", "qwen2"])
@@ -345,20 +387,19 @@ def same_conversations(folder, takes_system=True):
 def test_ids_are_those_of_apply_chat_template(kind, template, write_folder, capsys):
     spec = with_added(train(kind, all_bytes=False), "<think>", "</think>", "system")
     folder = write_folder(spec, TEMPLATES[template])
-    ours = HfTokenizer.load(folder)
-    assert ours.decode([ours.end]) == ("</s>" if template in ("mistral", "llama2") else "<|im_end|>")
-    capsys.readouterr()
-    assert same_conversations(folder, template != "mistral") == 40
+    ours = same_conversations(folder, template != "mistral")
+    end = "</s>" if template in ("mistral", "llama2") else "<|im_end|>"
+    assert ours.decode([ours.end]) == end
     assert capsys.readouterr().out.count("takes no system turn") == (template == "mistral")
 
 
-@pytest.mark.parametrize("strips", [{"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}])
+@pytest.mark.parametrize("strips", [("lstrip",), ("rstrip",), ("lstrip", "rstrip")])
 def test_white_space_around_special_tokens(strips, write_folder):
     spec = train("gpt2")
     for token in spec["added_tokens"]:
-        token |= strips
-    template = CHATML.replace("<|im_end|>", " \n <|im_end|> \u3000").replace("start|>", "start|>\n ")
-    assert same_conversations(write_folder(spec, template))
+        token |= dict.fromkeys(strips, True)
+    template = CHATML.replace("<|im_end|>", " \n <|im_end|> \u3000")
+    same_conversations(write_folder(spec, template.replace("start|>", "start|>\n ")))
 
 
 def sentence_piece(first_only):
@@ -383,7 +424,7 @@ def sentence_piece(first_only):
         vocab_size=900, special_tokens=["<unk>", "<s>", "</s>", *fallback], show_progress=False,
         max_token_length=6,
     )  # fmt: skip
-    corpus = ("def f(x): return 1", "What is this? The theatre, the thermos; there!", "naïve [INST] x")
+    corpus = ("def f(x): return 1", "What is this? The theatre, the thermos!", "naïve [INST] x")
     tokenizer.train_from_iterator(corpus * 3, trainer)
     spec = json.loads(tokenizer.to_str())
     spec["added_tokens"] = spec["added_tokens"][:3]
@@ -395,8 +436,7 @@ def sentence_piece(first_only):
 def test_sentence_piece(first_only, template, write_folder):
     config = CONFIG | {"unk_token": "<unk>"}
     folder = write_folder(sentence_piece(first_only), TEMPLATES[template], config)
-    assert same_conversations(folder, template != "mistral")
-    ours = HfTokenizer.load(folder)
+    ours = same_conversations(folder, template != "mistral")
     assert isinstance(ours.model, Library) and ours.decode([ours.end]) == "</s>"
     assert ours.pieces(ours.encode("the theatre"))[0].startswith(" ")
     ids = ours.render({"prompt": "a</s><s> <unk>b", "system": "<s>"})
@@ -404,12 +444,12 @@ def test_sentence_piece(first_only, template, write_folder):
     assert "</s><s> <unk>b" in ours.decode(ids)
 
 
-def test_real_folder(capsys):
+def test_real_folder():
     folder = os.environ.get("SMOLLM2")
     if not folder:
         pytest.skip("set SMOLLM2 to the folder of SmolLM2-135M-Instruct")
-    ours = same_ids(Path(folder))
-    assert same_conversations(Path(folder)) > 30 and ours.end == 2
+    same_ids(Path(folder))
+    assert same_conversations(Path(folder)).end == 2
 
 
 # ---------------------------------------------------------------- without `tokenizers`
@@ -435,9 +475,10 @@ def test_a_record_by_hand(chatml):
     assert chatml.render(record) == expected
     assert (chatml.vocab_size, chatml.end) == (261, end)
     assert chatml.pieces([104, 258, 0xF0]) == ["h", "<|im_end|>", "\ufffd"]
-    cut = chatml.render(record, [[1, 2], [], [end]])
-    assert cut[: len(meta) + 20] == expected[: len(meta) + 20]
-    assert len(cut) == len(expected) and cut[-13:] == [end, end, *b"\n", start, *b"assistant\n"][-13:]
+    rest = [end, *b"\n", start, *b"assistant\n", end, *b"\n", start, *b"user\n", 3, end, *b"\n",
+            start, *b"assistant\n"]  # fmt: skip
+    query = expected.index(ord("q"), len(meta))
+    assert chatml.render(record, [[1, 2], [], [3]]) == [*expected[:query], 1, 2, *rest]
     structure = chatml.render(record, [[], [], []])
     assert len(structure) == len(expected) - 3
 
@@ -457,12 +498,12 @@ def test_no_content_yields_a_special_token(write_folder):
     template = "<|im_{% for m in messages %}{{ m.content }}{% endfor %}|><|im_end|>"
     spec = by_hand()
     spec["added_tokens"][1]["special"] = False  # <|im_start|>
-    for text in (*SPECIALS, "end", "<|im_end|><|im_end|>", "\U000f0001\U000f0000", "{{ eos_token }}"):
+    for text in (*SPECIALS, "end", "<|im_end|><s>", "\U000f0001\U000f0000", "{{ eos_token }}"):
         for chat in (CHATML, template):
             ours = HfTokenizer.load(write_folder(by_hand(), chat))
             empty = ours.render({"prompt": "", "system": "s"})
             ids = ours.render({"prompt": text, "system": text})
-            assert ours.specials(ids) == ours.specials(empty)
+            assert ours.special_only(ids) == ours.special_only(empty)
             assert ours.decode(ids).count(text) >= 2 and max(ours.encode(text)) < 256
     ours = HfTokenizer.load(write_folder(spec))
     assert ours.encode("<|im_start|>") == [257] and max(ours.encode("<|im_end|>")) < 256
@@ -472,13 +513,30 @@ def test_tokens_that_the_configuration_names_are_special(write_folder):
     spec = by_hand()
     spec["added_tokens"] = [t | {"special": False} for t in spec["added_tokens"][:4]]
     ours = HfTokenizer.load(write_folder(spec, config={"eos_token": "<|im_end|>"}))
-    assert ours.end == 258 and 258 not in ours.encode("a<|im_end|>") and 257 in ours.encode("<|im_start|>")
+    assert ours.end == 258 and 258 not in ours.encode("a<|im_end|>")
+    assert ours.encode("<|im_start|>") == [257]
+
+
+def test_added_tokens_of_the_configuration(write_folder):
+    spec = by_hand()
+    *spec["added_tokens"], last = spec["added_tokens"]
+    config = CONFIG | {"added_tokens_decoder": {"260": last, "97": FLAGS | {"content": "a"}}}
+    ours = HfTokenizer.load(write_folder(spec, None, config))
+    assert ours.end == 260 and ours.encode("a</s>") == [*b"a</s>"] and ours.vocab_size == 261
+
+
+def test_normalized_added_tokens_are_sought_in_normalized_text(write_folder):
+    spec = by_hand() | {"normalizer": {"type": "NFC"}}
+    spec["added_tokens"].append(FLAGS | {"id": 261, "content": "\u212b", "normalized": True})
+    ours = HfTokenizer.load(write_folder(spec))
+    assert ours.encode("A\u030a") == ours.encode("\u00c5") == [261]
 
 
 def test_folder_without_template(write_folder, capsys):
     ours = HfTokenizer.load(write_folder(by_hand(), None))
     assert capsys.readouterr().out.count("no chat template") == 1
-    turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    turns = [{"role": role, "content": content}
+             for role, content in (("user", "a"), ("assistant", "b"), ("user", "c"))]  # fmt: skip
     text = "<s>S\n\nUser:\na\n\nAssistant:\nb</s>\n\nUser:\nc\n\nAssistant:\n"
     assert ours.decode(ours.render({"system": "S", "prompt": turns})) == text
     assert ours.end == 260
@@ -487,7 +545,8 @@ def test_folder_without_template(write_folder, capsys):
 
 
 def test_template_in_the_configuration(write_folder):
-    for template in (CHATML, [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]):
+    named = [{"name": "rag", "template": "x"}, {"name": "default", "template": CHATML}]
+    for template in (CHATML, named):
         folder = write_folder(by_hand(), None, CONFIG | {"chat_template": template})
         assert HfTokenizer.load(folder).end == 258
 
@@ -502,6 +561,7 @@ def test_save_copies_the_bytes(write_folder, tmp_path):
     assert names == set(ours.files) == {path.name for path in folder.iterdir()}
     for name in names:
         assert (tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes()
+    (tmp_path / "copy" / "generation_config.json").unlink()  # says nothing about tokens
     copy = HfTokenizer.load(tmp_path / "copy")
     assert copy.describe() == ours.describe() == json.loads(json.dumps(ours.describe()))
     write_folder(by_hand(), CHATML + " ")
@@ -510,8 +570,15 @@ def test_save_copies_the_bytes(write_folder, tmp_path):
 
 # ---------------------------------------------------------------- errors
 
+
+def splitting(pattern):
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+             "invert": False}  # fmt: skip
+    rest = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [split, rest]}
+
+
 MESSAGE = "{% for m in messages %}{{ m.content }}{% endfor %}"
-FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
 @pytest.mark.parametrize("template, reason", [
@@ -521,10 +588,9 @@ FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
     (MESSAGE * 2, "does not show each of the turns user, assistant once"),
     (MESSAGE + "{{ messages[0].content[1:] }}{{ messages | length / 0 }}", "division by zero"),
     (MESSAGE + "{{ ''.__class__.__mro__ }}", "unsafe"),
-    (MESSAGE + "{{ raise_exception.__globals__ }}", "unsafe"),
+    (MESSAGE + "{{ raise_exception.__globals__['x'] }}", "unsafe"),
     (MESSAGE + "{{ messages.append(1) }}", "unsafe"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-    (FOREVER + MESSAGE, "does not come to an end"),
     (MESSAGE + "{{ nothing.at.all }}", "undefined"),
 ])  # fmt: skip
 def test_templates_that_cannot_be_used(template, reason, write_folder):
@@ -546,18 +612,21 @@ def test_conversation_that_the_template_refuses(write_folder):
     ("tokenizer.json", "{", "tokenizer.json: not valid JSON"),
     ("tokenizer.json", "[]", "tokenizer.json: not a JSON object"),
     ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer: field 'model': missing"),
-    ("tokenizer.json", json.dumps(by_hand(merges=["a b"])), "field 'model.merges': a b: not in the"),
+    ("tokenizer.json", json.dumps(by_hand(merges=["a b"])), "field 'model.merges': a b: not in"),
     ("tokenizer.json", json.dumps(by_hand(merges=[3])), "tokenizer.json: not a tokenizer"),
-    ("tokenizer.json", json.dumps(by_hand(vocab={"a": "b"})), "tokenizer.json: not a tokenizer"),
+    ("tokenizer.json", json.dumps(by_hand(merges=[["a"]])), "tokenizer.json: not a tokenizer"),
+    ("tokenizer.json", json.dumps(by_hand() | {"pre_tokenizer": splitting("(")}), "missing )"),
     ("tokenizer.json", json.dumps(by_hand() | {"added_tokens": [{}]}), "field 'content': missing"),
-    ("tokenizer.json", None, "tokenizer.json: no such file"),
+    ("tokenizer.json", None, "tokenizer.json: No such file"),
     ("tokenizer_config.json", "\xff", "tokenizer_config.json: not valid JSON"),
     ("tokenizer_config.json", "[]", "tokenizer_config.json: not a JSON object"),
-    ("chat_template.jinja", "\xff", "chat_template.jinja: not UTF-8: byte 1"),
+    ("chat_template.jinja", "\xff", "chat_template.jinja: cannot read"),
 ])  # fmt: skip
 def test_broken_files(name, content, reason, write_folder):
     folder = write_folder(by_hand())
-    (folder / name).unlink() if content is None else (folder / name).write_bytes(content.encode("latin-1"))
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError) as error:
         HfTokenizer.load(folder)
     assert str(folder) in str(error.value) and reason in str(error.value)
@@ -575,6 +644,10 @@ def test_no_token_ends_an_answer(write_folder):
     folder = write_folder(by_hand(), None, {})
     with pytest.raises(UserError, match="tokenizer_config.json: field 'eos_token': missing"):
         HfTokenizer.load(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 256}')  # GPT-2 has it there
+    ours = HfTokenizer.load(folder)
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    assert ours.end == 256 and 256 in ours.render({"prompt": turns})
 
 
 def test_folder_with_a_sentencepiece_model_only(tmp_path):
@@ -603,10 +676,10 @@ def test_other_kinds_need_the_library(change, reason, write_folder, monkeypatch)
     assert reason in str(error.value) and str(error.value).endswith("pip install tokenizers")
 
 
-@pytest.mark.parametrize("pattern", [r"\w+", r"^a|.", r"a{1,2}+", r"a$", r"\h", r"[a&&b]", r"a*", "(", "[[:alpha:]]"])
+@pytest.mark.parametrize("pattern", [
+    r"\w+", r"\p{Alpha}", "(?i:ss)", "^a", ".", "a{1,2}+", "a$", r"\h", "[a&&b]", "[a--b]", "a*",
+    "[[:alpha:]]",
+])  # fmt: skip
 def test_patterns_that_mean_something_else_elsewhere(pattern):
-    steps = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]  # fmt: skip
-    assert hf_tokenizer.split_pattern({"type": "Sequence", "pretokenizers": steps}) is None
-    steps[0]["pattern"]["Regex"] = QWEN2
-    assert hf_tokenizer.split_pattern({"type": "Sequence", "pretokenizers": steps})
+    assert hf_tokenizer.split_pattern(splitting(pattern)) is None
+    assert hf_tokenizer.split_pattern(splitting(QWEN2))

@@ -19,7 +19,7 @@ COMMANDS = re.findall(r"python (\w+)\.py((?: [^\n#]*)?)", README.replace("\\\n",
 
 def test_the_readme_shows_every_script():
     assert {name for name, _ in COMMANDS} == {
-        "train_sft", "train_dpo", "evaluate", "sample", "data", "plot",
+        "train_sft", "train_dpo", "evaluate", "sample", "data", "plot", "real", "bench",
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 import torch
 
 import common
@@ -41,6 +42,65 @@ def draw_trees(n_branches, n_trees=6, seed=0):
     ]
     trees[1][1][0] = draw(rng, 1)
     return trees
+
+
+# ---------------------------------------------------------------- models of transformers
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256,
+         "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
+MODELS = {  # name -> (class, what is special about it)
+    "llama": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama tied": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"head_dim": 12, "sliding_window": None, "rope_parameters":
+                            {"rope_type": "default", "rope_theta": 77.0}}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 6, "rms_norm_eps": 1e-5}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+}  # fmt: skip
+
+
+def their_model(name, **changes):
+    """A model of transformers with random weights, biases and norms."""
+    transformers = pytest.importorskip("transformers")
+    family, special = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**SIZES | special | changes)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.uniform_(0.5, 1.5) if "norm" in name else p.normal_(0, 0.25)
+    return model
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_smol(folder):
+    """Write a Hugging Face folder with transformers: Llama, byte-level BPE, ChatML."""
+    transformers, tokenizers = map(pytest.importorskip, ("transformers", "tokenizers"))
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator(
+        [row[field] for row in pairs() for field in ("prompt", "chosen", "preference")],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=320, special_tokens=marks, show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )  # fmt: skip
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+    model = their_model("llama tied", vocab_size=len(fast), eos_token_id=fast.eos_token_id)
+    model.save_pretrained(folder)
 
 
 # ---------------------------------------------------------------- runs
