@@ -218,13 +218,14 @@ def find(name):
         raise UserError(f"{name}: no such checkpoint folder")
     hub = needed("huggingface_hub", f"{name}: no such folder here; to look for it on the hub: ")
     try:
-        return Path(hub.snapshot_download(str(name), allow_patterns=HUB_FILES))
+        return Path(hub.snapshot_download(str(name), **HUB_FILES))
     except Exception as error:  # whatever the network stack raises
         raise UserError(f"{name}: no such folder here, and not to be had from the hub: "
                         f"{common.first_line(error)}") from None
 
 
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors", "*.jinja"],
+             "ignore_patterns": ["*/*", "consolidated*"]}  # other copies of the same weights
 
 
 def is_pretrained(folder):

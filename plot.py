@@ -50,6 +50,8 @@ def print_table(groups):
         name, _, folders = group.partition("=")
         runs[name] = [common.load_json(Path(folder) / "eval.json")["results"]
                       for folder in folders.split(",")]
+    metrics = {key: title for key, title in metrics.items()
+               if any(r.get(key) is not None for rs in runs.values() for r in rs[0].values())}
     heads = [f"{name}, {metric}" for metric in metrics.values() for name in runs]
     print("| split | " + " | ".join(heads) + " |\n|---|" + "---|" * len(heads))
     for dataset in next(iter(runs.values()))[0]:

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -426,6 +427,21 @@ def test_context_of_the_tokenizer_is_not_that_of_the_model(exported):
             assert model.config.vocab_size == tokenizer.vocab_size + 56
 
 
+def test_weights_are_read_one_at_a_time(sharded, monkeypatch):
+    """When a tensor comes, only the one before it is still alive."""
+    given, read = [], hf_model.read_weights
+
+    def watched(folder, config):
+        for name, tensor in read(folder, config):
+            assert sum(before() is not None for before in given) <= 1, name
+            given.append(weakref.ref(tensor))
+            yield name, tensor
+
+    monkeypatch.setattr(hf_model, "read_weights", watched)
+    model, _, _ = sample.load_checkpoint(sharded, CPU)
+    assert len(given) == len(list(model.parameters())) > 10
+
+
 # ---------------------------------------------------------------- models out
 
 
@@ -495,6 +511,25 @@ def test_exported_tokenizer_gives_our_ids(world_export, world_tokenizer):
     for text in ("<|end|>", "a<|user|>b <|assistant|>"):
         found = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         assert found == world_tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_exported_vocabulary_may_be_any(seed, tmp_path):
+    """Also one with tokens that no merges make: they are found where they are a whole piece."""
+    tokenizers = pytest.importorskip("tokenizers")
+    rng = random.Random(seed)
+    words = {"".join(rng.choices("ab c", k=rng.randint(2, 5))).encode() for _ in range(30)}
+    pieces = [bytes([b]) for b in range(256)] + rng.sample(sorted(words), len(words))
+    ours = data.Tokenizer("any", data.GPT2_PATTERN, {piece: i for i, piece in enumerate(pieces)})
+    hf_model.save_native_tokenizer(tmp_path, ours, 64)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    used = set()
+    for _ in range(500):
+        text = "".join(rng.choices("aabbc  ", k=rng.randint(1, 12)))
+        ids = ours.encode(text)
+        assert theirs.encode(text, add_special_tokens=False).ids == ids, text
+        used.update(ids)
+    assert len(used) > 10
 
 
 def test_exported_chat_template_renders_as_we_do(world_export, world_tokenizer):
@@ -775,3 +810,16 @@ def test_models_of_the_hub_are_found_in_its_cache(exported, tmp_path, monkeypatc
     found.pop("")
     for name, message in found.items():
         assert message == f"error: {name}: no such checkpoint folder"
+
+
+def test_evaluation_of_a_model_from_the_hub_comes_to_an_end(
+    exported, workplace, monkeypatch, capsys
+):
+    """There is no folder org/name to write a report into."""
+    found, real = {"org/name": exported}, hf_model.find
+    monkeypatch.setattr(hf_model, "find", lambda name: found.get(str(name)) or real(name))
+    run(evaluate, ckpt="org/name", pref_data="pairs.jsonl")
+    assert "accuracy" in capsys.readouterr().out
+    run(train_dpo, pref_data="pairs.jsonl", init_from="org/name", out_dir="out/dpo", **STEPS)
+    recorded = evaluated("out/dpo")
+    assert evaluated("out/dpo", reference="org/name") == recorded
