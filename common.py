@@ -359,7 +359,7 @@ def load_checkpoint(folder, run_hash, model, optimizer, scaler):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random_state"])
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: truncated or of another model: {error}") from None
     return state["step"]
 

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 import common
 import data
+import hf_model
 import world
 from common import UserError
-from model import AdaptersOff, answer_logps, has_adapters, pack
+from model import AdaptersOff, adapt, answer_logps, has_adapters, pack
 from sample import answer, load_checkpoint, reference_folder, weights_hash
 
 
@@ -354,6 +355,7 @@ def load_reference(options, policy, tokenizer, config, device, dtype):
         if has_adapters(policy):
             return AdaptersOff(policy), folder
     reference, its_tokenizer, _ = load_checkpoint(folder, device, dtype)
+    adapt(reference, 0)
     if its_tokenizer.describe() != tokenizer.describe():
         raise UserError(f"--reference {folder}: has another tokenizer than {options.ckpt}")
     return reference, folder
@@ -363,7 +365,8 @@ def main(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
     dtype = common.PRECISIONS[precision]
-    policy, tokenizer, config = load_checkpoint(options.ckpt, device, dtype)
+    ckpt = hf_model.find(options.ckpt)
+    policy, tokenizer, config = load_checkpoint(ckpt, device, dtype)
     reference, folder = load_reference(options, policy, tokenizer, config, device, dtype)
     datasets = load_preferences(options.pref_data)
     with common.autocast(device, precision):
@@ -372,7 +375,7 @@ def main(options):
             options.micro_tokens, options.max_new_tokens,
         ).values()  # fmt: skip
     print_table(results)
-    save_report(options.ckpt, results, folder, precision)
+    save_report(ckpt, results, folder, precision)
 
 
 if __name__ == "__main__":

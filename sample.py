@@ -67,7 +67,8 @@ def load_checkpoint(folder, device, dtype=torch.float32):
             common.load_trained(model, tensors)
         else:
             model = from_weights(ModelConfig(**config["model"]), tensors.items(), device, dtype)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError,
+            RuntimeError) as error:  # fmt: skip
         reason = common.first_line(error)
         raise UserError(f"{weights}: not the weights of its config.json: {reason}") from None
     if tokenizer.vocab_size > model.config.vocab_size:

@@ -170,8 +170,10 @@ def main(options):
     frozen = common.PRECISIONS[precision]
     lora = options.lora_rank > 0
     policy, tokenizer, _ = load_checkpoint(init_from, device, frozen if lora else torch.float32)
-    reference = AdaptersOff(policy) if lora else load_checkpoint(init_from, device, frozen)[0]
     adapt(policy, options.lora_rank, options.seed)
+    reference = AdaptersOff(policy) if lora else load_checkpoint(init_from, device, frozen)[0]
+    if not lora:
+        adapt(reference, 0)
     policy.train()
     policy.checkpointing = options.activation_checkpointing
     block_size = min(options.block_size or policy.config.block_size, policy.config.block_size)

@@ -6,11 +6,11 @@ import shutil
 import sys
 
 import pytest
-import tiny
 import torch
 
 import common
 import data
+import tiny
 from model import ModelConfig, Transformer
 
 torch.set_num_threads(1)

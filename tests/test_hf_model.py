@@ -12,6 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import common
+import data
+import evaluate
+import hf_model
+import sample
+import train_dpo
+import train_sft
+import world
+from common import UserError
+from model import ModelConfig, adapt, from_weights, generate, pack
 from test_data import STRANGE_TEXTS
 from tiny import (
     DPO,
@@ -26,17 +37,6 @@ from tiny import (
     their_model,
     weights,
 )
-
-import common
-import data
-import evaluate
-import hf_model
-import sample
-import train_dpo
-import train_sft
-import world
-from common import UserError
-from model import ModelConfig, adapt, from_weights, generate, pack
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -697,21 +697,22 @@ def test_answer_under_a_preference_is_that_of_transformers(smol):
 
 
 def test_block_size_cuts_what_is_longer(start, write_rows, capsys):
-    """The model keeps its own context: what is trained reads 256 tokens or 512 again."""
+    """It cannot be more than the model's context, and the model keeps that."""
     context = json.loads(Path(start, "config.json").read_text())["max_position_embeddings"]
-    write_rows("pairs.jsonl", *[row | {"prompt": row["prompt"] * 4} for row in pairs()])
-    runs = {"whole": 0, "cut": 120, "wide": 100_000}
+    write_rows("pairs.jsonl", *[row | {"prompt": row["prompt"] * 60} for row in pairs()[:4]])
+    limits = {0: context, 120: 120, 100_000: context}
     for module, source in ((train_sft, "data"), (train_dpo, "pref_data")):
-        tokens = {}
-        for name, block_size in runs.items():
-            folder = f"out/{module.__name__}-{name}"
+        tokens = []
+        for block_size, limit in limits.items():
+            folder = f"out/{module.__name__}-{block_size}"
             run(module, **{source: "pairs.jsonl"}, init_from=start, out_dir=folder,
-                block_size=block_size, **STEPS | {"max_steps": 1, "batch_size": 14})  # fmt: skip
-            assert ("to fit 120 tokens" in capsys.readouterr().out) == (name == "cut")
-            tokens[name] = read_log(folder)[0]["tokens"]
+                block_size=block_size, **STEPS | {"max_steps": 1, "batch_size": 4})  # fmt: skip
+            assert f"of 4 rows to fit {limit} tokens" in capsys.readouterr().out
+            tokens.append(read_log(folder)[0]["tokens"])
             model, _, _ = sample.load_checkpoint(folder, CPU)
             assert model.config.block_size == context
-        assert tokens["cut"] < tokens["whole"] == tokens["wide"]
+        whole, cut, wide = tokens
+        assert 4 * 100 < cut < 4 * 120 + 100 < whole == wide
 
 
 @pytest.mark.parametrize("rank", [0, 2])

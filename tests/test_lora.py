@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import dpo, draw_trees, lora, new_model, pairs, read_log, run, same, sft, weights
 
 import common
 import data
@@ -16,6 +15,7 @@ import sample
 import train_sft
 from common import UserError
 from model import AdaptersOff, Linear, adapt, answer_logps, generate, has_adapters, pack
+from tiny import dpo, draw_trees, lora, new_model, pairs, read_log, run, same, sft, weights
 
 pytestmark = pytest.mark.usefixtures("workplace")
 CPU = torch.device("cpu")
@@ -271,6 +271,15 @@ def test_retrained_adapters_are_another_reference():
     lora("out/a", max_steps=2, overwrite=True)
     with pytest.raises(UserError, match=r"out/a: has changed since .*out/b was trained from it"):
         sample.load_checkpoint("out/b", CPU)
+
+
+def test_the_same_adapters_on_another_base_are_other_weights():
+    """The reference's cache is found by this hash. At rate 0 the adapters stay as they began."""
+    sft("other", init_from="tiny", max_steps=1)
+    for base in ("tiny", "other"):
+        sft(f"out/{base}", init_from=base, lora_rank=2, max_steps=1, learning_rate=0)
+    assert same(weights("out/tiny"), weights("out/other"))
+    assert sample.weights_hash("out/tiny") != sample.weights_hash("out/other")
 
 
 @pytest.mark.parametrize("broken", ["missing", "more", "rank", "half", "numbers", "list"])

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import pairs, read_log, run
 
 import common
 import data
 import evaluate
 import sample
 import train_dpo
+from tiny import pairs, read_log, run
 from train_dpo import dpo_loss
 
 BETA = 0.2

@@ -47,10 +47,13 @@ def test_table_from_several_runs(tmp_path, capsys):
     """Mean and spread over runs; `-` where a metric does not apply."""
     for name, value in (("a", 0.5), ("b", 0.7)):
         (tmp_path / name).mkdir()
-        results = {"x/val": {"flip_accuracy": value, "generated_axes_right": None}}
+        results = {"x/val": {"flip_accuracy": value, "generated_axes_right": None},
+                   "world": {"flip_accuracy": value, "generated_axes_right": value}}
         (tmp_path / name / "eval.json").write_text(json.dumps({"results": results}))
     plot.main(plot.Options(table=(f"M={tmp_path / 'a'},{tmp_path / 'b'}",)))
-    assert "| `x/val` | 60.0 (50.0 to 70.0) | - |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| `x/val` | 60.0 (50.0 to 70.0) | - |" in out
+    assert "| `world` | 60.0 (50.0 to 70.0) | 60.0 (50.0 to 70.0) |" in out
 
 
 def test_figure_from_a_log(tmp_path):

@@ -13,6 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import common
+import data
+import evaluate
+import train_dpo
+import world
+from common import UserError
+from model import ModelConfig, Transformer, pack
 from tiny import (
     ANSWERS,
     DPO,
@@ -28,14 +36,6 @@ from tiny import (
     sft,
     weights,
 )
-
-import common
-import data
-import evaluate
-import train_dpo
-import world
-from common import UserError
-from model import ModelConfig, Transformer, pack
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("workplace")
