@@ -118,6 +118,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and not sys.argv[1].startswith("-"):
-        sys.argv.insert(1, "--what")
     common.run(main, Options)

@@ -39,7 +39,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_options(cls, argv):
-    """Read `--key value` into the dataclass `cls`; the comment behind a field is its help text."""
+    """Read `--key value` into the dataclass `cls`; the comment behind a field is its help text.
+
+    The field `what`, if there is one, is given without its name.
+    """
     comments = dict(re.findall(r"^ {4}(\w+):.*?  # (.*)$", inspect.getsource(cls), re.M))
     parser = OneLineParser(description=cls.__doc__, allow_abbrev=False)
     for field in dataclasses.fields(cls):
@@ -51,7 +54,10 @@ def parse_options(cls, argv):
             settings |= {"nargs": "+", "metavar": "TEXT"}
         else:
             settings |= {"type": field.type, "metavar": field.type.__name__.upper()}
-        parser.add_argument(f"--{field.name}", **settings)
+        if field.name == "what":
+            parser.add_argument("what", nargs="?", **settings | {"metavar": "what"})
+        else:
+            parser.add_argument(f"--{field.name}", **settings)
     values = vars(parser.parse_args(argv))
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 

@@ -1,0 +1,98 @@
+"""The experiment on a pretrained model: what is held out, and the length-only rule."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import bench
+import common
+import real
+
+WORDS = common.load_json(Path(real.__file__).with_name("wordings.json"))
+SIDES = {"polite": ("polite", "blunt"), "concise": ("concise", "detailed")}
+
+
+def worded_rows(name, split):
+    """A flip for each stated and implied wording: 24 and 12 on each side, as in the real data."""
+    rows = []
+    for kind, n in (("stated", 24), ("implied", 12)):
+        for i in range(n):
+            answers = f"short {split} {i}", f"a longer answer {split} {i}"
+            for side, (chosen, rejected) in zip(SIDES[name], (answers, answers[::-1]), strict=True):
+                rows.append({
+                    "preference": f"{side}, {kind} {i}", "prompt": f"{split} {kind} {i}",
+                    "chosen": chosen, "rejected": rejected,
+                    "meta": {"preference_name": side, "wording": kind, "dataset": name},
+                })  # fmt: skip
+    return rows
+
+
+def persona_rows(split):
+    rows = []
+    for a in range(10):
+        for b in range(a):
+            answers = f"{split} I am {a}, not {b}", f"{split} I am {b}, not {a}"
+            for who, (chosen, rejected) in ((a, answers), (b, answers[::-1])):
+                rows.append({"preference": f"Be {who}.", "prompt": "Say something.",
+                             "chosen": chosen, "rejected": rejected,
+                             "meta": {"preference_name": f"person-{who}"}})
+    return rows
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    for name in ("polite", "concise", "personas"):
+        for split in ("train", "val"):
+            rows = persona_rows(split) if name == "personas" else worded_rows(name, split)
+            path = tmp_path / name / f"{split}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return real.prepare(real.Options(data=str(tmp_path), concise_pairs=5, personas_pairs=7))
+
+
+def test_held_out_wordings_personas_and_prompts_are_not_in_training(prepared):
+    train = prepared.pop("train")
+    shown = {row["preference"] for row in train}
+    assert len(prepared) == 8
+    for name, rows in prepared.items():
+        assert rows, name
+        if "unseen" in name:
+            assert shown.isdisjoint(row["preference"] for row in rows), name
+        if "personas" not in name:
+            assert {r["prompt"] for r in train}.isdisjoint(r["prompt"] for r in rows), name
+    assert shown & set(WORDS["polite"]["implied"])  # ours are in training
+    assert len(train) == 2 * 72 + 2 * 5 + 2 * 6  # six pairs of the four other persons
+
+
+def test_rewording_keeps_the_side_and_the_answers(prepared):
+    """Row by row the first copy is the data's own file under other words."""
+    for row, original in zip(prepared["train"], worded_rows("polite", "train"), strict=False):
+        assert [row[f] for f in ("prompt", "chosen", "rejected")] == [
+            original[f] for f in ("prompt", "chosen", "rejected")
+        ]
+        side = row["meta"]["preference_name"]
+        assert side == original["meta"]["preference_name"]
+        ours = WORDS[side][row["meta"]["wording"]]
+        assert row["preference"].startswith(side + ", ") or row["preference"] in ours
+
+
+def test_our_wordings_stand_on_one_side_only():
+    texts = [text for side in WORDS.values() for kind in side.values() for text in kind]
+    assert len(texts) == len(set(texts))
+
+
+def test_the_length_rule_by_hand():
+    """Two flips where the first name's answer is shorter, one where it is longer: 2 of 3."""
+    rows = []
+    for i, (short, long) in enumerate((("a", "bb"), ("cc", "ddd"), ("eeee", "f"))):
+        for name, chosen, rejected in (("concise", short, long), ("detailed", long, short)):
+            rows.append({"prompt": str(i), "chosen": chosen, "rejected": rejected,
+                         "meta": {"preference_name": name, "dataset": "x" if i else "y"}})
+    assert real.length_rule(rows) == {"all": (2, 3), "x": (1, 2), "y": (1, 1)}
+
+
+def test_bench_names_what_it_cannot_do():
+    with pytest.raises(common.UserError, match="7B"):
+        common.parse_options(bench.Options, ["memory", "--sizes", "7B"])
+    assert common.parse_options(bench.Options, ["memory", "--pairs", "2"]).pairs == 2
