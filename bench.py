@@ -4,6 +4,7 @@
 """
 
 import json
+import multiprocessing
 import os
 import random
 import subprocess
@@ -74,14 +75,17 @@ def write_pairs(path, n):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def peak_gib(command):
-    """Run a command: the most memory that it held, GiB."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def peak_gib(command, folder):
+    """Run a command in a folder: the most memory that it held, GiB."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder
+    )
     error = process.stderr.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = status
     if status:
-        raise UserError(f"{' '.join(command[:2])} failed: {error.strip().splitlines()[-1]}")
+        reason = (error.strip() or f"status {status}").splitlines()[-1]
+        raise UserError(f"{' '.join(command[:2])} failed: {reason}")
     return usage.ru_maxrss / 2**20
 
 
@@ -91,7 +95,8 @@ def memory(options):
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
-            n = write_model(folder, shape(size))
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                n = pool.apply(write_model, (folder, shape(size)))  # its peak is not ours
             write_pairs(folder / "pairs.jsonl", options.pairs)
             found = result[size] = {"parameters": n}
             lora = ["--lora_rank", str(options.lora_rank)]
@@ -106,7 +111,7 @@ def memory(options):
                         "--out_dir", str(folder / "run"), "--overwrite", "--device", "cpu",
                         "--batch_size", str(options.pairs), "--precision", options.precision,
                         "--warmup_steps", "0", *flags, *extra,
-                    ])  # fmt: skip
+                    ], folder)  # fmt: skip
                     print(f"{size:>6} {method + kind:<20} {found[method + kind]:6.2f} GiB",
                           flush=True)
     return result

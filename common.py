@@ -182,8 +182,10 @@ def check_folder(folder, resume, overwrite, init_from=""):
         raise UserError(f"--out_dir {folder}: is the folder of the starting model")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     names = {name for name in names if name != ".lock" and not name.endswith(".tmp")}
-    if any(name.endswith(".safetensors") for name in names):
-        raise UserError(f"--out_dir {folder}: holds a Hugging Face model")
+    if names & set(RUN_FILES) and not names & {"log.jsonl", "ckpt.pt", *WEIGHTS}:
+        config = load_json(folder / "config.json") if "config.json" in names else {}
+        if "stage" not in config:
+            raise UserError(f"--out_dir {folder}: holds a model that is no run of ours")
     if names & set(WEIGHTS) and resume:
         raise UserError(f"{folder}: this run is finished, there is nothing to resume")
     if names & set(WEIGHTS) and not overwrite:
@@ -248,7 +250,7 @@ def save_tensors(path, content):
 
 def load_json(path):
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError as error:
@@ -372,7 +374,8 @@ def load_checkpoint(folder, run_hash, model, optimizer, scaler):
 
 def run_hash(config, examples, label_probs=()):
     """What a resumed run must share with the one that it goes on with."""
-    how = {"out_dir", "overwrite", "resume", "save_every", "log_every", "device", "micro_tokens"}
+    how = {"out_dir", "overwrite", "resume", "save_every", "log_every", "device", "micro_tokens",
+           "activation_checkpointing"}  # fmt: skip
     options = {k: v for k, v in config["options"].items() if k not in how}
     rows = [[example.trunk, example.answers] for example in examples]
     return content_hash(config | {"options": options}, rows, list(label_probs))

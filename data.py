@@ -469,20 +469,23 @@ def encode(record, tokenizer, block_size, structure=0):
     taught to end there); each keeps at least half of what the meta-prompt and the template leave,
     which are counted as `structure` tokens at least. Raises UserError when that is too little.
     """
-    turns = prompt_turns(record)
-    contents = [tokenizer.encode(turn["content"]) for turn in turns]
+    where, turns = record.get("where", "this prompt"), prompt_turns(record)
     texts = [record[f] for f in ("chosen", "rejected", "response") if f in record]
-    answers = [tokenizer.encode(text) + [tokenizer.end] for text in texts]
+    try:
+        contents = [tokenizer.encode(turn["content"]) for turn in turns]
+        answers = [tokenizer.encode(text) + [tokenizer.end] for text in texts]
+        structure = max(structure, structure_size(record, tokenizer))
+    except UserError as error:  # a chat template that does not take these turns
+        raise UserError(f"{where}: {error}") from None
 
-    structure = max(structure, structure_size(record, tokenizer))
     room = block_size - structure  # for contents and the longest answer
     if room < 2 * len(contents) + 2:
         tier = max(META_PROMPT, key=lambda tier: len(str(record.get(tier, ""))))
         if tier not in record:
-            raise UserError(f"{record.get('where', 'this prompt')}: field 'prompt': "
+            raise UserError(f"{where}: field 'prompt': "
                             f"{len(turns)} turns do not fit into a context of {block_size}")
-        raise UserError(f"{record.get('where', 'this prompt')}: field '{tier}': with it "
-                        f"{structure} tokens are taken of a context of {block_size}")
+        raise UserError(f"{where}: field '{tier}': with it {structure} tokens are taken of a "
+                        f"context of {block_size}")
     query_size = sum(map(len, contents))
     answer_room = max(room // 2, room - query_size)
     longest = max(map(len, answers), default=answer_room)
@@ -567,12 +570,12 @@ def show(example, tokenizer):
 
 
 def main(options):
-    tokenizer, block_size = None, options.block_size
     if options.ckpt:
         import sample  # reads every kind of checkpoint; it imports this file
 
         tokenizer, block_size = sample.load_tokenizer(options.ckpt)
-    tokenizer = tokenizer or load_tokenizer(options.tokenizer)
+    else:
+        tokenizer, block_size = load_tokenizer(options.tokenizer), options.block_size
     for name, records in read_preferences(options.pref_data):
         examples = encode_all(records, tokenizer, block_size, name)
         for i in random.Random(0).sample(range(len(records)), min(options.rows, len(records))):

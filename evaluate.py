@@ -77,8 +77,8 @@ def pair_logps_once(model, examples, micro_tokens, progress=""):
     return torch.stack([logps[place][order] for place, order in places])
 
 
-def reference_logps(model, folder, examples, micro_tokens, progress=""):
-    """`pair_logps_once` of the frozen model from `folder`, kept under out/cache.
+def reference_logps(model, weights, examples, micro_tokens, progress=""):
+    """`pair_logps_once` of a frozen model, kept under out/cache; `weights` is their hash.
 
     The file's name is the hash of all it depends on: weights, sizes, precision, device, and the
     tokens of the examples, which hold tokenizer, template and limits.
@@ -86,7 +86,7 @@ def reference_logps(model, folder, examples, micro_tokens, progress=""):
     device = model.embedding.weight.device.type
     autocast = torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device))
     key = common.content_hash(
-        weights_hash(folder), asdict(model.config), autocast, device, torch.__version__,
+        weights, asdict(model.config), autocast, device, torch.__version__,
         [[example.trunk, example.answers] for example in examples],
     )  # fmt: skip
     path = Path("out/cache") / f"{key}.pt"
@@ -197,9 +197,14 @@ GENERATED = ("generated_axes_right", "generated_all_right", "generated_on_topic"
 
 
 def mean_and_interval(rows, right, records, rng):
-    """Mean and its bootstrap 95 % interval, resampling whole queries: (mean, [low, high])."""
+    """Mean and its bootstrap 95 % interval: (mean, [low, high]).
+
+    Resampled are whole queries or, where few queries serve for all pairs, whole pairs.
+    """
     keys = {}
     queries = [json.dumps(records[i]["prompt"]) for i in rows]
+    if len(set(queries)) < 20:
+        queries = [pair_key(records[i]) for i in rows]
     cluster = np.array([keys.setdefault(query, len(keys)) for query in queries])
     sums = np.bincount(cluster, weights=right, minlength=len(keys))
     counts = np.bincount(cluster, minlength=len(keys))
@@ -263,17 +268,17 @@ def score_generated(model, tokenizer, records, max_new_tokens, progress=""):
 # ---------------------------------------------------------------- the whole evaluation
 
 
-def evaluate(policies, reference, folder, tokenizer, datasets, micro_tokens, max_new_tokens=120):
+def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens, max_new_tokens=120):
     """{policy name: {dataset name: entry of eval.json}} for models {policy name: model}.
 
-    The reference, which may be one of them, was loaded from `folder`.
+    The reference may be one of them; `weights` is the hash of its weights.
     """
     results = {policy: {} for policy in policies}
     for name, records in datasets:
         block_size = min(model.config.block_size for model in (reference, *policies.values()))
         shown, alone = encode_both(records, tokenizer, block_size, name)
         logps = {reference: [
-            reference_logps(reference, folder, examples, micro_tokens, f"reference, {name}")
+            reference_logps(reference, weights, examples, micro_tokens, f"reference, {name}")
             for examples in (shown, alone)
         ]}
         for policy, model in policies.items():
@@ -351,7 +356,10 @@ def load_reference(options, policy, tokenizer, config, device, dtype):
     elif not config.get("reference"):
         return policy, Path(options.ckpt)
     else:
-        folder = reference_folder(options.ckpt, config)
+        try:
+            folder = reference_folder(options.ckpt, config)
+        except UserError as error:
+            raise UserError(f"{error}; give --reference") from None
         if has_adapters(policy):
             return AdaptersOff(policy), folder
     reference, its_tokenizer, _ = load_checkpoint(folder, device, dtype)
@@ -371,7 +379,7 @@ def main(options):
     datasets = load_preferences(options.pref_data)
     with common.autocast(device, precision):
         [results] = evaluate(
-            {"policy": policy}, reference, folder, tokenizer, datasets,
+            {"policy": policy}, reference, weights_hash(folder), tokenizer, datasets,
             options.micro_tokens, options.max_new_tokens,
         ).values()  # fmt: skip
     print_table(results)

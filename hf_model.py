@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import re
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -64,18 +65,14 @@ def read_config(path):
     if head_size % 2:
         refuse("head_dim", "must be even")
     theta, scaling = read_rope(asked, refuse)
-    try:
-        return ModelConfig(
-            vocab_size=number("vocab_size"), block_size=context,
-            n_layer=number("num_hidden_layers"), n_head=n_head,
-            n_kv_head=n_kv_head, n_embd=n_embd, head_size=head_size,
-            n_hidden=number("intermediate_size"), rope_theta=theta, rope_scaling=scaling,
-            norm_eps=number("rms_norm_eps", kind=int | float),
-            qk_norm=family == "qwen3", qkv_bias=family == "qwen2",
-            tied=bool(asked.get("tie_word_embeddings", False)),
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+    return ModelConfig(
+        vocab_size=number("vocab_size"), block_size=context, n_layer=number("num_hidden_layers"),
+        n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, head_size=head_size,
+        n_hidden=number("intermediate_size"), rope_theta=theta, rope_scaling=scaling,
+        norm_eps=number("rms_norm_eps", kind=int | float),
+        qk_norm=family == "qwen3", qkv_bias=family == "qwen2",
+        tied=bool(asked.get("tie_word_embeddings", False)),
+    )  # fmt: skip
 
 
 def is_positive(value, kind=int | float):
@@ -214,17 +211,22 @@ def find(name):
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) or folder.parent.is_dir():
+    if folder.parent.is_dir() or not re.fullmatch(r"(?!out/)[\w-][\w.-]*/[\w.-]+", str(name)):
         raise UserError(f"{name}: no such checkpoint folder")
+    return from_hub(str(name))
+
+
+@cache
+def from_hub(name):
     hub = needed("huggingface_hub", f"{name}: no such folder here; to look for it on the hub: ")
     try:
-        return Path(hub.snapshot_download(str(name), **HUB_FILES))
+        return Path(hub.snapshot_download(name, **HUB_FILES))
     except Exception as error:  # whatever the network stack raises
         raise UserError(f"{name}: no such folder here, and not to be had from the hub: "
                         f"{common.first_line(error)}") from None
 
 
-HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors", "*.jinja"],
+HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"],
              "ignore_patterns": ["*/*", "consolidated*"]}  # other copies of the same weights
 
 
@@ -239,14 +241,13 @@ def load(folder, device, dtype=torch.float32):
     folder = Path(folder)
     config = read_config(folder / "config.json")
     tokenizer = HfTokenizer.load(folder)
-    try:
-        model = from_weights(config, read_weights(folder, config), device, dtype)
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}") from None
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
                         f"the model {config.vocab_size}")
-    return model, tokenizer
+    try:
+        return from_weights(config, read_weights(folder, config), device, dtype), tokenizer
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from None
 
 
 # ---------------------------------------------------------------- out

@@ -5,13 +5,15 @@ Byte-level BPE (GPT-2, SmolLM2, Llama 3, Qwen) runs on tiktoken with exactly the
 
 The engines' Unicode tables differ, so ids may for: 13 digits of Unicode 17 where digits are split
 off, NFC of marks that came after Unicode 9, and in a text that holds bytes without a token, the
-letters and digits that came after Unicode 16.
+letters and digits that came after Unicode 16. A template that shows the date (Llama 3.2) gives
+other tokens each day, so a run started on one day is not resumed on another.
 """
 
 import json
 import re
 import unicodedata
 from datetime import datetime
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -80,7 +82,7 @@ def added_tokens(spec, config, named):
 # ---------------------------------------------------------------- byte-level BPE on tiktoken
 
 # Of ByteLevel, and the same where digits are split off, so that a fragment ends before a digit.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+BYTE_LEVEL_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 NO_DIGIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 # Syntax that means the same to Oniguruma (`tokenizers`), fancy-regex (tiktoken) and `regex`.
@@ -115,7 +117,7 @@ def split_pattern(pre_tokenizer):
     steps = steps_of(pre_tokenizer, "pretokenizers")
     match [{"use_regex": True} | step for step in steps]:
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            return GPT2_PATTERN
+            return BYTE_LEVEL_PATTERN
         case [{"type": "Digits", "individual_digits": bool(single)},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": bool(words)}]:
             number = r"\p{N}" if single else r"\p{N}+"
@@ -342,6 +344,9 @@ def find_template(folder, config):
     return path, template
 
 
+say_once = cache(print)
+
+
 def example_text(example):
     return (f"Query: {example['prompt']}\nPreferred answer: {example['chosen']}\n"
             f"Answer passed over: {example['rejected']}")
@@ -383,11 +388,11 @@ class HfTokenizer:
         if "eos_token" not in self.variables and "generation_config.json" in names:
             eos = load_json(folder / "generation_config.json").get("eos_token_id")
             for content, token in self.added.items():
-                if token["id"] == eos:
-                    self.variables["eos_token"] = content
+                if token["id"] in (eos if isinstance(eos, list) else [eos]):
+                    self.variables.setdefault("eos_token", content)
         self.template_path, template = find_template(folder, config)
         if not template:
-            print(f"{folder}: no chat template, turns are written as User: and Assistant:")
+            say_once(f"{folder}: no chat template, turns are written as User: and Assistant:")
         self.template = self.attempt(compile_template, source=template or DEFAULT_TEMPLATE)
         self.probe()
         self.files = {name: (folder / name).read_bytes() for name in names}
@@ -424,8 +429,8 @@ class HfTokenizer:
             self.takes_system = True
         except UserError:
             self.takes_system = False
-            print(f"{self.folder}: the chat template takes no system turn: "
-                  "the meta-prompt goes to the head of the first query")
+            say_once(f"{self.folder}: the chat template takes no system turn: "
+                     "the meta-prompt goes to the head of the first query")
 
     def attempt(self, function, **arguments):
         """Run what a template can make fail in any way. Raises UserError."""

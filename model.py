@@ -297,14 +297,14 @@ def adapt(model, rank, seed=0):
     rank 0 everything is trained.
     """
     generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.weight.data = module.merged().detach().to(module.weight.dtype)
-            module.lora_a = module.lora_b = None
     model.requires_grad_(not rank)
     for module in model.modules():
-        if isinstance(module, Linear) and rank:
-            module.add_adapter(rank, generator)
+        if isinstance(module, Linear):
+            if module.lora_a is not None:
+                module.weight.data = module.merged().detach().to(module.weight.dtype)
+                module.lora_a = module.lora_b = None
+            if rank:
+                module.add_adapter(rank, generator)
 
 
 def has_adapters(model):

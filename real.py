@@ -52,7 +52,13 @@ UNSEEN_ROWS = 160  # held-out rows that are asked again under unseen wordings
 
 
 def read(folder, name, split):
+    """Records of one file, whose meta must name the preference and, in WORDED, its wording."""
     [(_, records)] = data.read_preferences(str(Path(folder) / name / f"{split}.jsonl"))
+    needed = {"preference_name", "wording"} if name in WORDED else {"preference_name"}
+    for record in records:
+        missing = needed - record.get("meta", {}).keys()
+        if missing:
+            raise UserError(f"{record['where']}: field 'meta.{min(missing)}': missing")
     return [{k: v for k, v in record.items() if k != "where"} for record in records]
 
 
@@ -206,9 +212,9 @@ def main(options):
     except OSError as error:
         raise UserError(f"--out_dir {folder}: {error.strerror}") from None
     for name, records in files.items():
-        lines = "".join(json.dumps(record) + "\n" for record in records)
+        content = "".join(json.dumps(record) + "\n" for record in records).encode()
         path = folder / f"{name}.jsonl"
-        common.write_atomically(path, lambda temporary, text=lines: temporary.write_text(text))
+        common.write_atomically(path, lambda temporary, c=content: temporary.write_bytes(c))
         print(f"wrote {path}: {len(records)} rows")
     print_length_rule({name: rows for name, rows in files.items() if name != "train"})
 

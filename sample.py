@@ -5,7 +5,7 @@
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -63,6 +63,8 @@ def load_checkpoint(folder, device, dtype=torch.float32):
     try:
         if weights.name == "adapters.pt":
             model, _, _ = load_checkpoint(reference_folder(folder, config), device, dtype)
+            if asdict(model.config) != config["model"]:
+                raise ValueError("the starting model's config.json has changed")
             adapt(model, config["options"]["lora_rank"])
             common.load_trained(model, tensors)
         else:
@@ -101,8 +103,8 @@ def weights_hash(folder):
         return common.content_hash(*map(common.file_hash, sorted(folder.glob("*.safetensors"))))
     if path.name == "model.pt":
         return common.file_hash(path)
-    base = common.load_json(folder / "config.json").get("reference")
-    return common.content_hash(common.file_hash(path), base)
+    base = common.load_json(folder / "config.json").get("reference") or {}
+    return common.content_hash(common.file_hash(path), base.get("hash"))
 
 
 def start_of(init_from, folder):
@@ -120,7 +122,7 @@ def reference_folder(folder, config):
         raise UserError(f"{Path(folder) / 'config.json'}: field 'reference': must have path and "
                         "hash") from None
     if not found.is_dir():
-        raise UserError(f"{folder}: its reference is not at {found}; give --reference")
+        raise UserError(f"{folder}: the model that it started from is not at {found}")
     if weights_hash(found) != recorded_hash:
         raise UserError(f"{found}: has changed since {folder} was trained from it")
     return found

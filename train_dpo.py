@@ -171,8 +171,10 @@ def main(options):
     lora = options.lora_rank > 0
     policy, tokenizer, _ = load_checkpoint(init_from, device, frozen if lora else torch.float32)
     adapt(policy, options.lora_rank, options.seed)
-    reference = AdaptersOff(policy) if lora else load_checkpoint(init_from, device, frozen)[0]
-    if not lora:
+    if lora:
+        reference = AdaptersOff(policy)
+    else:
+        reference, _, _ = load_checkpoint(init_from, device, frozen)
         adapt(reference, 0)
     policy.train()
     policy.checkpointing = options.activation_checkpointing
@@ -215,8 +217,9 @@ def main(options):
         rows = sorted(set(order.rows))
         reference_all = torch.full((len(examples), 2), torch.nan)
         reference_all[rows] = evaluate.reference_logps(
-            reference, init_from, [examples[i] for i in rows], options.micro_tokens, "reference"
-        )
+            reference, config["reference"]["hash"], [examples[i] for i in rows],
+            options.micro_tokens, "reference",
+        )  # fmt: skip
         watch = Watch(
             held_out, options.eval_pairs, reference, tokenizer, block_size, options.micro_tokens
         )
@@ -288,8 +291,9 @@ def main(options):
         policies = {"before": reference, "after": policy.eval()}
         with common.autocast(device, precision):
             results = evaluate.evaluate(
-                policies, reference, init_from, tokenizer, held_out, options.micro_tokens
-            )
+                policies, reference, config["reference"]["hash"], tokenizer, held_out,
+                options.micro_tokens,
+            )  # fmt: skip
             evaluate.print_comparison(results)
             evaluate.save_report(folder, results["after"], init_from, precision)
             if in_world:

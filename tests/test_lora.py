@@ -261,7 +261,7 @@ def test_adapters_of_a_changed_or_missing_base_are_refused(on_top):
     common.save_tensors(Path("tiny/model.pt"), base)
     sample.load_checkpoint(folder, CPU)  # the same weights, written again
     shutil.rmtree("tiny")
-    with pytest.raises(UserError, match="out/a: its reference is not at .*tiny"):
+    with pytest.raises(UserError, match="out/a: the model that it started from is not at .*tiny"):
         sample.load_checkpoint(folder, CPU)
 
 
