@@ -1,6 +1,6 @@
 """Where `trl` is installed: the same DPO loss, and the same ten steps of training.
 
-The steps also run on a pretrained model, for which there is time to wait, and real rows:
+With time to wait, the same steps, and logits and greedy tokens, of a pretrained model on real rows:
 
     SMOLLM2=DIR SMOLLM2_DATA=FILE pytest -s tests/test_peers.py -k smollm2
 """
@@ -19,6 +19,7 @@ import data
 import evaluate
 import sample
 import train_dpo
+from model import generate, pack
 from tiny import pairs, read_log, run
 from train_dpo import dpo_loss
 
@@ -179,4 +180,33 @@ def test_ten_steps_of_trl_on_smollm2(workplace):
     """Three batches of rows that share flips, so that ten steps see each row three times."""
     folder = Path(os.environ["SMOLLM2"]).resolve()
     lines = Path(os.environ["SMOLLM2_DATA"]).read_text().splitlines()[:12]
-    compare_steps(folder, map(json.loads, lines), float(os.environ.get("SMOLLM2_RATE", 1e-5)))
+    compare_steps(folder, map(json.loads, lines), float(os.environ.get("SMOLLM2_RATE", 5e-6)))
+
+
+@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="minutes; see the top of this file")
+def test_logits_and_greedy_tokens_of_smollm2():
+    """50 prompts, each under its preference: ids, logits, and the first 64 greedy tokens."""
+    transformers = pytest.importorskip("transformers")
+    folder = Path(os.environ["SMOLLM2"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ours, tokenizer, _ = sample.load_checkpoint(folder, torch.device("cpu"))
+    [(_, records)] = data.read_preferences(os.environ["SMOLLM2_DATA"])
+    largest = 0.0
+    for record in records[: 50 * 4 : 4]:
+        turns = [{"role": "system", "content": record["preference"]},
+                 {"role": "user", "content": record["prompt"].strip()}]
+        ids = tokenizer.render(record | {"prompt": record["prompt"].strip()})
+        assert ids == their_tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        with torch.no_grad():
+            expected = theirs(torch.tensor([ids])).logits[0]
+            found = ours.logits(ours(pack([(ids, [])])))
+        largest = max(largest, (expected - found).abs().max().item())
+        written = theirs.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False,
+                                  pad_token_id=tokenizer.end)[0, len(ids):].tolist()
+        [mine] = generate(ours, [ids], tokenizer.end, 64)
+        assert mine == [token for token in written if token != tokenizer.end]
+    print(f"largest difference of a logit: {largest:.1e}")
+    assert largest < 1e-4
