@@ -28,8 +28,8 @@ class Options:
     what: str = "memory"  # memory
     sizes: tuple[str, ...] = ("135M", "360M", "1.1B")  # which of the shapes below
     lora_rank: int = 16  # of the LoRA rows
-    pairs: int = 8  # pairs a step, about 512 tokens each
-    max_gib: float = 20.0  # skip what would not fit: 16 bytes a trained parameter
+    pairs: int = 4  # pairs a step, about 512 tokens each
+    max_gib: float = 12.0  # skip what would not fit: 16 bytes a trained parameter
     precision: str = "bf16"  # bf16, fp32
 
     def __post_init__(self):
