@@ -70,7 +70,10 @@ def write_model(folder, config):
 def write_pairs(path, n):
     """Pairs of random letters, about 256 tokens of prompt and 128 of each answer."""
     rng = random.Random(0)
-    text = lambda size: "".join(rng.choices("bcdfghjklmnpqrstvwxz", k=size))  # noqa: E731
+
+    def text(size):
+        return "".join(rng.choices("bcdfghjklmnpqrstvwxz", k=size))
+
     rows = [{"prompt": text(256), "chosen": text(128), "rejected": text(128)} for _ in range(n)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -241,9 +241,6 @@ def load(folder, device, dtype=torch.float32):
     folder = Path(folder)
     config = read_config(folder / "config.json")
     tokenizer = HfTokenizer.load(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
-                        f"the model {config.vocab_size}")
     try:
         return from_weights(config, read_weights(folder, config), device, dtype), tokenizer
     except ValueError as error:

@@ -24,6 +24,7 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from common import UserError, content_hash, first_line, load_json, write_atomically
+from data import TEXT_TIERS, prompt_turns
 
 CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", *CONFIGS)
@@ -354,7 +355,7 @@ def example_text(example):
 
 def meta_prompt(record):
     """System, preference and examples as one text, "" when all are absent."""
-    tiers = [record.get("system"), record.get("preference")]
+    tiers = [record.get(tier) for tier in TEXT_TIERS]
     return "\n\n".join(filter(None, [*tiers, *map(example_text, record.get("examples") or ())]))
 
 
@@ -477,9 +478,7 @@ class HfTokenizer:
 
         `contents`: tokens for each turn instead of its text. No text yields a special token.
         """
-        turns = record["prompt"]
-        if isinstance(turns, str):
-            turns = [{"role": "user", "content": turns}]
+        turns = prompt_turns(record)
         texts = by_sentinel([meta_prompt(record), *(turn["content"] for turn in turns)])
         text, items = self.skeleton(tuple(turn["role"] for turn in turns), bool(texts[META]))
         if contents is None and isinstance(self.model, Library):

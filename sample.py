@@ -52,8 +52,17 @@ def load_checkpoint(folder, device, dtype=torch.float32):
     """
     folder = hf_model.find(folder)
     if hf_model.is_pretrained(folder):
-        model, tokenizer = hf_model.load(folder, device, dtype)
-        return model.eval(), tokenizer, {}
+        model, tokenizer, config = *hf_model.load(folder, device, dtype), {}
+    else:
+        model, tokenizer, config = load_run(folder, device, dtype)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
+                        f"the model {model.config.vocab_size}")
+    return model.eval(), tokenizer, config
+
+
+def load_run(folder, device, dtype):
+    """`load_checkpoint` of one of our runs: its weights, or adapters on its starting model."""
     weights = common.finished(folder)
     if not weights:
         raise UserError(f"{folder}: no finished run here (model.pt is missing)")
@@ -61,22 +70,19 @@ def load_checkpoint(folder, device, dtype=torch.float32):
     config = common.load_json(folder / "config.json")
     tensors = common.load_tensors(weights)
     try:
-        if weights.name == "adapters.pt":
-            model, _, _ = load_checkpoint(reference_folder(folder, config), device, dtype)
-            if asdict(model.config) != config["model"]:
-                raise ValueError("the starting model's config.json has changed")
-            adapt(model, config["options"]["lora_rank"])
-            common.load_trained(model, tensors)
-        else:
-            model = from_weights(ModelConfig(**config["model"]), tensors.items(), device, dtype)
+        if weights.name == "model.pt":
+            sizes = ModelConfig(**config["model"])
+            return from_weights(sizes, tensors.items(), device, dtype), tokenizer, config
+        model, _, _ = load_checkpoint(reference_folder(folder, config), device, dtype)
+        if asdict(model.config) != config["model"]:
+            raise ValueError("the starting model's config.json has changed")
+        adapt(model, config["options"]["lora_rank"])
+        common.load_trained(model, tensors)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError,
             RuntimeError) as error:  # fmt: skip
         reason = common.first_line(error)
         raise UserError(f"{weights}: not the weights of its config.json: {reason}") from None
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
-                        f"the model {model.config.vocab_size}")
-    return model.eval(), tokenizer, config
+    return model, tokenizer, config
 
 
 def load_tokenizer(folder):
@@ -114,7 +120,7 @@ def start_of(init_from, folder):
 
 
 def reference_folder(folder, config):
-    """Where a DPO run's starting model lies; UserError when it is gone or has changed."""
+    """Where a run's starting model lies; UserError when it is gone or has changed."""
     try:
         path, recorded_hash = config["reference"]["path"], config["reference"]["hash"]
         found = (Path(folder) / path).resolve()
