@@ -1,15 +1,23 @@
-"""What it costs.
+"""What it costs, beside the peers on the same work.
 
+    python bench.py train  --init_from DIR --pref_data FILE [--vs trl]
+    python bench.py sample --init_from DIR --pref_data FILE [--vs transformers]
     python bench.py memory     # peak memory of one DPO step by model size, full and LoRA
+
+Each measurement is a process of its own; the sides take turns. The last line is one JSON object.
 """
 
+import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
 import random
-import subprocess
-import sys
+import resource
+import shutil
 import tempfile
+import time
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,29 +25,314 @@ import torch
 
 import common
 import data
-from common import UserError
-from model import ModelConfig, Transformer
+import evaluate
+import hf_model
+import train_dpo
+from common import UserError, content_hash
+from model import ModelConfig, Transformer, for_inference, generate
+from sample import load_checkpoint, load_tokenizer
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure memory; the last line is one JSON object."""
+    """Measure speed and memory of training or sampling; the last line is one JSON object."""
 
-    what: str = "memory"  # memory
-    sizes: tuple[str, ...] = ("135M", "360M", "1.1B")  # which of the shapes below
-    lora_rank: int = 16  # of the LoRA rows
-    pairs: int = 4  # pairs a step, about 512 tokens each
-    max_gib: float = 12.0  # skip what would not fit: 16 bytes a trained parameter
-    precision: str = "bf16"  # bf16, fp32
+    what: str = "train"  # train, sample, memory
+    init_from: str = ""  # finished run, Hugging Face folder or org/name
+    pref_data: str = ""  # preference files, separated by commas
+    vs: str = ""  # measure this peer too: trl (train) or transformers (sample)
+    pairs: int = 16  # train: rows drawn from the data; one epoch of them is a round
+    batch_size: int = 4  # pairs a step
+    rounds: int = 2  # how often the sides take turns
+    sizes: tuple[str, ...] = ("135M", "360M", "1.1B")  # memory: which of the shapes below
+    lora_rank: int = 0  # train: adapters of this rank; 0: the whole model
+    max_gib: float = 12.0  # memory: skip what would not fit, 16 bytes a trained parameter
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    precision: str = "auto"  # auto, bf16, fp16, fp32
 
     def __post_init__(self):
-        common.at_least(self, 1, "lora_rank", "pairs")
-        if self.what != "memory":
-            raise UserError(f"{self.what}: must be memory")
+        common.at_least(self, 1, "pairs", "batch_size", "rounds")
+        common.at_least(self, 0, "lora_rank")
+        peers = {"train": ("", "trl"), "sample": ("", "transformers"), "memory": ("",)}
+        if self.what not in peers:
+            raise UserError(f"{self.what}: must be {', '.join(peers)}")
+        if self.vs not in peers[self.what]:
+            raise UserError(f"--vs {self.vs}: {self.what} has {', '.join(peers[self.what][1:])}")
         unknown = set(self.sizes) - set(SHAPES)
         if unknown:
             raise UserError(f"--sizes: {unknown.pop()}: must be among {', '.join(SHAPES)}")
 
+
+# ---------------------------------------------------------------- a process for each measurement
+
+
+def call(function, arguments, pipe):
+    """In the new process: function(*arguments), its output hidden, with the memory that it took."""
+    try:
+        with open(os.devnull, "w") as f, contextlib.redirect_stdout(f), \
+                contextlib.redirect_stderr(f):  # fmt: skip
+            found = function(*arguments)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() or peak
+        pipe.send(found | {"peak_gib": peak / 2**30})
+    except BaseException as error:
+        lines = traceback.format_exc() if not isinstance(error, UserError) else str(error)
+        pipe.send(lines)
+
+
+def in_process(function, *arguments):
+    """function(*arguments), a dict, with its peak memory; raises UserError when it fails."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(False)
+    process = context.Process(target=call, args=(function, arguments, there))
+    process.start()
+    there.close()
+    try:
+        found = here.recv()
+    except EOFError:
+        found = f"{function.__name__}: the process was killed"
+    process.join()
+    if isinstance(found, str):
+        raise UserError(found)
+    return found
+
+
+def matmul_peak(device, precision):
+    """Floating-point operations a second of a product of 2048-square matrices, the best of ten."""
+    dtype = common.PRECISIONS[precision]
+    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(10):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - start))
+    return best
+
+
+# ---------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Job:
+    """The work of one measurement of training."""
+
+    folder: str  # where to work; holds pairs.jsonl
+    init_from: str
+    batch_size: int
+    lora_rank: int
+    device: str
+    precision: str
+
+    @property
+    def dpo_options(self):
+        return train_dpo.Options(
+            pref_data="pairs.jsonl", init_from=self.init_from, out_dir="out/run", overwrite=True,
+            lora_rank=self.lora_rank, epochs=1.0, batch_size=self.batch_size, sft_weight=0.0,
+            learning_rate=1e-6, warmup_steps=0, log_every=1000,
+            device=self.device, precision=self.precision,
+        )  # fmt: skip
+
+
+def train_ours(job):
+    """train_dpo.py as it is, from its start to its end: {"seconds", "step_seconds"}."""
+    os.chdir(job.folder)
+    start = time.perf_counter()
+    train_dpo.main(job.dpo_options)
+    seconds = time.perf_counter() - start
+    lines = Path("out/run/log.jsonl").read_text().splitlines()
+    steps = [line["seconds"] for line in map(json.loads, lines) if "seconds" in line]
+    return {"seconds": seconds, "step_seconds": sum(steps)}
+
+
+def train_trl(job):
+    """DPOTrainer on the same token ids in the same order: {"seconds"}.
+
+    From loading the model to the last step, reference log-probabilities included, which it
+    computes beforehand, in batches of the same size, and without saving the model.
+    """
+    import datasets
+    import transformers
+    import trl
+
+    class Trainer(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset, *args):
+            return dataset  # it is tokenised already
+
+    os.chdir(job.folder)
+    examples, order = encoded_rows(job)
+    rows = [examples[i] for i in order]
+    rows = {"prompt_ids": [row.trunk for row in rows],
+            "chosen_ids": [row.answers[0] for row in rows],
+            "rejected_ids": [row.answers[1] for row in rows]}  # fmt: skip
+    start = time.perf_counter()
+    model = transformers.AutoModelForCausalLM.from_pretrained(job.init_from, dtype=torch.float32)
+    arguments = trl.DPOConfig(
+        output_dir="out/trl", max_length=None, num_train_epochs=1, learning_rate=1e-6,
+        per_device_train_batch_size=job.batch_size, precompute_ref_log_probs=True,
+        bf16=job.precision == "bf16", fp16=job.precision == "fp16", use_cpu=job.device == "cpu",
+        gradient_checkpointing=False, train_sampling_strategy="sequential", logging_steps=1000,
+        save_strategy="no", report_to="none", disable_tqdm=True,
+        dataloader_pin_memory=job.device != "cpu",
+    )  # fmt: skip
+    Trainer(
+        model, None, arguments, train_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=transformers.AutoTokenizer.from_pretrained(job.init_from),
+    ).train()  # fmt: skip
+    return {"seconds": time.perf_counter() - start}
+
+
+def encoded_rows(job):
+    """(examples of pairs.jsonl, the order in which train_dpo.py takes them)."""
+    [(_, records)] = data.read_preferences("pairs.jsonl")
+    tokenizer, block_size = load_tokenizer(job.init_from)
+    examples = data.encode_all(records, tokenizer, block_size, "pairs.jsonl")
+    groups = evaluate.flip_groups(records)
+    return examples, common.DataOrder(groups, job.batch_size, 1.0, 0, seed=0).rows
+
+
+def operations(job):
+    """{"tokens", "reference", "steps"}: tree tokens of an epoch, operations of its matrix products.
+
+    Two for each weight and token forward, four more backward; blocks run for every tree token, the
+    head for every learned one. Frozen weights need no gradient of their own, so LoRA takes four.
+    """
+    os.chdir(job.folder)
+    examples, order = encoded_rows(job)
+    config = load_checkpoint(job.init_from, torch.device("cpu"))[0].config
+    with torch.device("meta"):
+        blocks = sum(p.numel() for p in Transformer(config).blocks.parameters())
+    head = config.vocab_size * config.n_embd
+    tokens = sum(data.tree_size(examples[i]) for i in order)
+    learned = sum(len(answer) for i in order for answer in examples[i].answers)
+    once = blocks * tokens + head * learned
+    peak = matmul_peak(job.device, job.precision)
+    return {"tokens": tokens, "reference": 2 * once, "steps": (4 if job.lora_rank else 6) * once,
+            "matmul_peak": peak}  # fmt: skip
+
+
+def train(options, device, precision):
+    """Speed and memory of one epoch of `pairs` rows drawn from the data, reference included."""
+    records = [record for _, rows in data.read_preferences(options.pref_data) for record in rows]
+    rows = random.Random(0).sample(records, min(options.pairs, len(records)))
+    lines = [json.dumps({k: v for k, v in row.items() if k != "where"}) for row in rows]
+    sides = {"nanoAlign": train_ours} | ({"TRL": train_trl} if options.vs else {})
+    found = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "pairs.jsonl").write_text("\n".join(lines))
+        init_from = str(hf_model.find(options.init_from).resolve())
+        job = Job(folder, init_from, options.batch_size, options.lora_rank, str(device), precision)
+        needed = in_process(operations, job)
+        for _ in range(options.rounds):
+            for side, function in sides.items():
+                shutil.rmtree(Path(folder, "out"), ignore_errors=True)  # no cached reference
+                found[side].append(in_process(function, job))
+                print(f"{side:<10}" + "".join(
+                    f"  {key} {value:.2f}" for key, value in found[side][-1].items()), flush=True)
+
+    result = {"pairs": len(rows), "tree_tokens": needed["tokens"]}
+    for side, runs in found.items():
+        best = min(runs, key=lambda run: run["seconds"])
+        result[side] = best | {"pairs_per_second": len(rows) / best["seconds"],
+                               "tokens_per_second": needed["tokens"] / best["seconds"],
+                               "peak_gib": max(run["peak_gib"] for run in runs)}  # fmt: skip
+    ours, peak = result["nanoAlign"], needed["matmul_peak"]
+    result["matmul_gflops"] = peak / 1e9
+    result["share_of_peak_in_steps"] = needed["steps"] / ours["step_seconds"] / peak
+    if options.vs:
+        theirs = result["TRL"]
+        result["pairs_per_second_ratio"] = theirs["seconds"] / ours["seconds"]
+        result["peak_memory_ratio"] = ours["peak_gib"] / theirs["peak_gib"]
+    return result
+
+
+# ---------------------------------------------------------------- sampling
+
+NEW_TOKENS = 64  # of each answer; end tokens do not stop it, so that all do the same work
+
+
+def sampling_prompts(options):
+    """Token lists of eight queries under the first row's meta-prompt."""
+    records = [record for _, rows in data.read_preferences(options.pref_data) for record in rows]
+    tokenizer, _ = load_tokenizer(options.init_from)
+    first = {k: v for k, v in records[0].items() if k in data.META_PROMPT}
+    queries = list({json.dumps(r["prompt"]): r["prompt"] for r in records}.values())[:8]
+    return [tokenizer.render(first | {"prompt": query}) for query in queries]
+
+
+def time_sampling(write, prompts):
+    """Tokens a second of write(prompts, n) one by one and all at once, and what was written."""
+    write(prompts, 2)
+    answers, start = [], time.perf_counter()
+    for prompt in prompts[:4]:
+        answers += write([prompt], NEW_TOKENS)
+    middle = time.perf_counter()
+    together = write(prompts, NEW_TOKENS)
+    seconds = time.perf_counter() - middle
+    return {"tokens_per_second_batch_1": NEW_TOKENS * len(answers) / (middle - start),
+            "tokens_per_second_batch_8": NEW_TOKENS * len(together) / seconds,
+            "tokens": content_hash(answers, together)}  # fmt: skip
+
+
+def sample_ours(init_from, prompts, device, precision):
+    device = torch.device(device)
+    model, _, _ = load_checkpoint(init_from, device, common.PRECISIONS[precision])
+    model = for_inference(model)
+
+    def write(prompts, n):
+        with common.autocast(device, precision):
+            return generate(model, prompts, -1, n)
+
+    return time_sampling(write, prompts)
+
+
+def sample_transformers(init_from, prompts, device, precision):
+    """The same by `generate` of transformers, padded on the left."""
+    import transformers
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(init_from, dtype=common.PRECISIONS[precision]).to(device).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+
+    @torch.inference_mode()
+    def write(prompts, n):
+        longest = max(map(len, prompts))
+        ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        ids, mask = (torch.tensor(x, device=device) for x in (ids, mask))
+        found = model.generate(ids, attention_mask=mask, max_new_tokens=n, do_sample=False)
+        return found[:, longest:].tolist()
+
+    return time_sampling(write, prompts)
+
+
+def sample(options, device, precision):
+    """Greedy tokens a second, one prompt at a time and eight that share a meta-prompt."""
+    prompts = sampling_prompts(options)
+    init_from = str(hf_model.find(options.init_from).resolve())
+    sides = {"nanoAlign": sample_ours}
+    sides |= {"transformers": sample_transformers} if options.vs else {}
+    found = {side: [] for side in sides}
+    for _ in range(options.rounds):
+        for side, function in sides.items():
+            found[side].append(in_process(function, init_from, prompts, str(device), precision))
+            print(side, found[side][-1], flush=True)
+    result = {"prompt_tokens": [len(prompt) for prompt in prompts]}
+    keys = ("tokens_per_second_batch_1", "tokens_per_second_batch_8")
+    for side, runs in found.items():
+        result[side] = {key: max(run[key] for run in runs) for key in keys}
+        result[side]["peak_gib"] = max(run["peak_gib"] for run in runs)
+    if options.vs:
+        for key in keys:
+            ratio = result["nanoAlign"][key] / result["transformers"][key]
+            result[key.replace("second", "second_ratio")] = ratio
+        written = {run["tokens"] for runs in found.values() for run in runs}
+        result["same_tokens"] = len(written) == 1
+    return result
+
+
+# ---------------------------------------------------------------- memory by model size
 
 # n_layer, n_head, n_kv_head, n_embd, n_hidden, vocab_size, tied
 SHAPES = {
@@ -64,7 +357,7 @@ def write_model(folder, config):
     common.save_json(folder / "config.json", about)
     tokenizer.save(folder)
     common.save_tensors(folder / "model.pt", weights)
-    return sum(p.numel() for _, p in named)
+    return {"parameters": sum(p.numel() for _, p in named)}
 
 
 def write_pairs(path, n):
@@ -78,51 +371,63 @@ def write_pairs(path, n):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def peak_gib(command, folder):
-    """Run a command in a folder: the most memory that it held, GiB."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder
-    )
-    error = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = status
-    if status:
-        reason = (error.strip() or f"status {status}").splitlines()[-1]
-        raise UserError(f"{' '.join(command[:2])} failed: {reason}")
-    return usage.ru_maxrss / 2**20
+def one_step(job, checkpointing):
+    os.chdir(job.folder)
+    options = {"max_steps": 1, "activation_checkpointing": checkpointing}
+    train_dpo.main(dataclasses.replace(job.dpo_options, **options))
+    return {}
 
 
-def memory(options):
-    """{size: {"full": GiB, "full+checkpointing": ..., "LoRA": ..., "LoRA+checkpointing": ...}}"""
-    result, here = {}, Path(__file__).parent
+def memory(options, device, precision):
+    """{size: {"parameters", "full": GiB, "full+checkpointing", "LoRA", "LoRA+checkpointing"}}
+
+    Of one DPO step of `batch_size` pairs of about 512 tokens, models with random weights.
+    """
+    result = {}
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder)
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                n = pool.apply(write_model, (folder, shape(size)))  # its peak is not ours
-            write_pairs(folder / "pairs.jsonl", options.pairs)
+            n = in_process(write_model, Path(folder), shape(size))["parameters"]
+            write_pairs(Path(folder, "pairs.jsonl"), options.batch_size)
             found = result[size] = {"parameters": n}
-            lora = ["--lora_rank", str(options.lora_rank)]
-            for method, flags in {"full": [], "LoRA": lora}.items():
+            for method, rank in {"full": 0, "LoRA": options.lora_rank or 16}.items():
                 if method == "full" and 16 * n / 2**30 > options.max_gib:
                     continue
-                for kind in ("", "+checkpointing"):
-                    extra = ["--activation_checkpointing"] if kind else []
-                    found[method + kind] = peak_gib([
-                        sys.executable, str(here / "train_dpo.py"), "--init_from", str(folder),
-                        "--pref_data", str(folder / "pairs.jsonl"), "--max_steps", "1",
-                        "--out_dir", str(folder / "run"), "--overwrite", "--device", "cpu",
-                        "--batch_size", str(options.pairs), "--precision", options.precision,
-                        "--warmup_steps", "0", *flags, *extra,
-                    ], folder)  # fmt: skip
+                job = Job(folder, folder, options.batch_size, rank, str(device), precision)
+                for kind, checkpointing in {"": False, "+checkpointing": True}.items():
+                    found[method + kind] = in_process(one_step, job, checkpointing)["peak_gib"]
                     print(f"{size:>6} {method + kind:<20} {found[method + kind]:6.2f} GiB",
                           flush=True)
-    return result
+    return {"memory_gib": result}
+
+
+# ---------------------------------------------------------------- python bench.py
+
+
+def print_result(result):
+    """The sides as a table, then what there is one of."""
+    sides = {name: value for name, value in result.items() if isinstance(value, dict)}
+    print("\n" + " " * 28 + "".join(f"{name:>14}" for name in sides))
+    for key in next(iter(sides.values())):
+        cells = (f"{side[key]:14.2f}" if key in side else f"{'-':>14}" for side in sides.values())
+        print(f"{key:<28}" + "".join(cells))
+    for name, value in result.items():
+        if not isinstance(value, dict):
+            print(f"{name:<34}" + (f"{value:.2f}" if isinstance(value, float) else str(value)))
 
 
 def main(options):
-    result = memory(options)
-    print(json.dumps({"memory_gib": result} | asdict(options) | common.provenance()))
+    device = common.pick_device(options.device)
+    precision = common.pick_precision(options.precision, device)
+    if options.what == "memory":
+        result = memory(options, device, precision)
+    else:
+        for name in ("init_from", "pref_data"):
+            if not getattr(options, name):
+                raise UserError(f"--{name} is required")
+        result = (train if options.what == "train" else sample)(options, device, precision)
+        print_result(result)
+    conditions = {"options": asdict(options), "precision": precision}
+    print(json.dumps(result | conditions | common.provenance()))
 
 
 if __name__ == "__main__":

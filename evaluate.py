@@ -21,7 +21,7 @@ import data
 import hf_model
 import world
 from common import UserError
-from model import AdaptersOff, adapt, answer_logps, has_adapters, pack
+from model import AdaptersOff, adapt, answer_logps, for_inference, has_adapters, pack
 from sample import answer, load_checkpoint, reference_folder, weights_hash
 
 
@@ -377,6 +377,8 @@ def main(options):
     policy, tokenizer, config = load_checkpoint(ckpt, device, dtype)
     reference, folder = load_reference(options, policy, tokenizer, config, device, dtype)
     datasets = load_preferences(options.pref_data)
+    if not has_adapters(policy):  # else policy and reference share weights
+        policy, reference = for_inference(policy), for_inference(reference)
     with common.autocast(device, precision):
         [results] = evaluate(
             {"policy": policy}, reference, weights_hash(folder), tokenizer, datasets,

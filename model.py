@@ -2,7 +2,7 @@
 
 A *tree* is a trunk (the prompt) followed by its branches (the answers). A batch is one flat run of
 tokens: no prefix runs twice and no position is padded. Attention alone looks at the tokens as
-(trees, longest tree), and a mask keeps every branch from seeing its sibling.
+*spans*: runs of queries, each of which sees its span's keys up to itself.
 """
 
 import math
@@ -40,28 +40,65 @@ class ModelConfig:
 
 
 @dataclass
+class Group:
+    """S spans of like sizes, padded at their ends to Lq queries and Lk keys."""
+
+    queries: torch.Tensor  # (S, Lq) tokens of the batch; padding repeats some token
+    keys: torch.Tensor  # (S, Lk)
+    mask: torch.Tensor | None  # (S, 1, Lq, Lk) bool, True where a query may look; None: causal
+
+
+@dataclass
 class Trees:
-    """A batch of token trees. T tokens, B trees, L tokens in the longest, A learned tokens."""
+    """A batch of token trees: T tokens, A of them learned.
+
+    A trunk and its first branch are one span, in which queries and keys are the same tokens. Each
+    further branch is one whose keys are the trunk's tokens, then its own.
+    """
 
     tokens: torch.Tensor  # (T,) every tree's trunk, then its branches
     positions: torch.Tensor  # (T,) distance from the root; a branch goes on from its trunk
-    tree: torch.Tensor  # (T,) which tree a token is in
-    slots: torch.Tensor  # (T,) a token's place in attention's padded view of B * L
-    mask: torch.Tensor  # (B, 1, L, keys) bool, True where a query may look
+    groups: list  # of Group: all spans
+    places: torch.Tensor  # (T,) a token's place in the outputs of all groups, one after the other
+    paths: torch.Tensor  # (spans, longest) each span's keys, in the order of the branches
     predictors: torch.Tensor  # (A,) the token whose output predicts the learned token
     targets: torch.Tensor  # (A,) the learned token
     answer: torch.Tensor  # (A,) which answer, counted over the whole batch, it belongs to
     n_answers: int
 
-    def pad(self, x):
-        """(T, H, D) -> (B, H, L, D), zeros where there is no token."""
-        B, L = self.mask.shape[0], self.mask.shape[2]
-        padded = x.new_zeros(B * L, *x.shape[1:]).index_copy(0, self.slots, x)
-        return padded.view(B, L, *x.shape[1:]).transpose(1, 2)
+    def attend(self, q, k, v, cache=None):
+        """Attention of q (T, H, D) over k, v (T, KV, D): (T, H * D).
 
-    def unpad(self, x):
-        """(B, H, L, D) -> (T, H * D)."""
-        return x.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, self.slots)
+        A layer's cache (2, spans, KV, size, D) is filled with the keys and values of each span.
+        """
+        if cache is not None:
+            cache[0, :, :, : self.paths.shape[1]] = take(k, self.paths)
+            cache[1, :, :, : self.paths.shape[1]] = take(v, self.paths)
+        share = q.shape[1] // k.shape[1]  # query heads of a key/value head
+        if share > 1:
+            k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+        outputs = [
+            attention(take(q, group.queries), take(k, group.keys), take(v, group.keys), group.mask)
+            .transpose(1, 2).flatten(2).flatten(0, 1)
+            for group in self.groups
+        ]  # fmt: skip
+        return torch.cat(outputs).index_select(0, self.places)
+
+
+def take(x, rows):
+    """x (T, H, D) at rows (S, L): (S, H, L, D)."""
+    return x.index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
+
+
+def attention(q, k, v, mask):
+    """Of q (S, H, Lq, D) over k, v (S, H, Lk, D) where the mask is True; without one, causal."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    # In bfloat16 the CPU kernel's backward pass takes up to twice as long as in float32.
+    with torch.autocast("cpu", enabled=False):
+        q, k, v, dtype = q.float(), k.float(), v.float(), q.dtype
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return y.to(dtype)
 
 
 def pack(trees, device="cpu"):
@@ -70,39 +107,81 @@ def pack(trees, device="cpu"):
     A branch's last token is only ever predicted, never read, so it is not run; its first one is
     predicted by the trunk's last token, in every branch.
     """
-    tokens, positions, tree, branch = [], [], [], []
+    tokens, positions, spans = [], [], []
     predictors, targets, answer, n_answers = [], [], [], 0
-    for b, (trunk, branches) in enumerate(trees):
-        last = len(tokens) + len(trunk) - 1
-        runs = [(0, trunk)] + [(i + 1, answer_[:-1]) for i, answer_ in enumerate(branches)]
-        for i, run in runs:
-            if i > 0:
-                predictors += [last, *range(len(tokens), len(tokens) + len(run))]
-                targets += branches[i - 1]
-                answer += [n_answers] * len(branches[i - 1])
-                n_answers += 1
-            start = len(trunk) if i > 0 else 0
-            positions += range(start, start + len(run))
+    for trunk, branches in trees:
+        root, size = len(tokens), len(trunk)
+        tokens += trunk
+        positions += range(size)
+        for i, branch in enumerate(branches):
+            start, run = len(tokens), branch[:-1]
             tokens += run
-            tree += [b] * len(run)
-            branch += [i] * len(run)
-    as_tensor = lambda values: torch.tensor(values, dtype=torch.long)  # noqa: E731
-    tree, branch = as_tensor(tree), as_tensor(branch)
-    sizes = torch.bincount(tree, minlength=len(trees))
-    within = torch.arange(len(tree)) - (sizes.cumsum(0) - sizes)[tree]
-    L = int(sizes.max())
-    branch_at = torch.full((len(trees), L), -1)  # padding: no token looks at it
-    branch_at[tree, within] = branch
-    queries, keys = branch_at[:, :, None], branch_at[:, None, :]
-    mask = ((keys == 0) | (keys == queries)) & torch.ones(L, L, dtype=torch.bool).tril()
-    return Trees(
-        *(as_tensor(values).to(device) for values in (tokens, positions)),
-        tree.to(device),
-        (tree * L + within).to(device),
-        mask[:, None].to(device),
-        *(as_tensor(values).to(device) for values in (predictors, targets, answer)),
-        n_answers,
-    )
+            positions += range(size, size + len(run))
+            predictors += [root + size - 1, *range(start, len(tokens))]
+            targets += branch
+            answer += [n_answers] * len(branch)
+            n_answers += 1
+            if i > 0 and run:
+                spans.append((range(root, root + size), range(start, len(tokens))))
+            elif i == 0:
+                spans.append((range(0), range(root, len(tokens))))
+        if not branches:
+            spans.append((range(0), range(root, len(tokens))))
+    groups, places = group_spans(spans, len(tokens))
+    to = lambda values: torch.tensor(values, dtype=torch.long).to(device)  # noqa: E731
+    for group in groups:
+        group.queries, group.keys = to(group.queries), to(group.keys)
+        group.mask = None if group.mask is None else group.mask.to(device)
+    paths = pad([[*trunk, *own] for trunk, own in spans])
+    return Trees(to(tokens), to(positions), groups, *map(to, (places, paths)),
+                 *map(to, (predictors, targets, answer)), n_answers)
+
+
+PADDING = 1.5  # of a group's padded products of queries and keys to those within its spans
+
+
+def group_spans(spans, n_tokens):
+    """(groups of spans of like size, each token's place in the groups' outputs), as lists.
+
+    A span is (trunk, own): the tokens that all of its queries see, and those that are queries too.
+    """
+
+    def size(span):
+        return len(span[0]) > 0, len(span[0]) + len(span[1]), len(span[1])
+
+    grouped, used = [], 0
+    for span in sorted(spans, key=size, reverse=True):
+        masked, n_keys, n_queries = size(span)
+        if grouped:
+            most_keys = size(grouped[-1][0])[1]
+            most_queries = max(n_queries, *(len(own) for _, own in grouped[-1]))
+            padded = (len(grouped[-1]) + 1) * most_keys * most_queries
+            used += n_keys * n_queries
+        if not grouped or masked != size(grouped[-1][0])[0] or padded > PADDING * used:
+            grouped.append([])
+            used = n_keys * n_queries
+        grouped[-1].append(span)
+
+    groups, places, offset = [], [0] * n_tokens, 0
+    for members in grouped:
+        queries, keys = pad([own for _, own in members]), pad([[*t, *own] for t, own in members])
+        mask = None
+        if members[0][0]:  # a query sees the trunk and its own branch up to itself
+            last = torch.tensor([len(trunk) for trunk, _ in members])[:, None, None]
+            last = last + torch.arange(len(queries[0]))[None, :, None]
+            mask = (torch.arange(len(keys[0])) <= last)[:, None]
+        for _, own in members:
+            for i, token in enumerate(own):
+                places[token] = offset + i
+            offset += len(queries[0])
+        groups.append(Group(queries, keys, mask))
+    return groups, places
+
+
+def pad(lists):
+    """Lists of numbers made as long as the longest by repeating their first one."""
+    longest = max(map(len, lists))
+    return [[*numbers, *[numbers[0]] * (longest - len(numbers))] for numbers in lists]
 
 
 # ---------------------------------------------------------------- the network
@@ -136,19 +215,10 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """RoPE on x (T, H, D) with cos and sin (T, 1, D / 2): the two halves of a head are rotated."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
-
-
-def tree_attention(q, k, v, mask):
-    """Attention of q (B, H, L, D) over k, v (B, H, keys, D) where mask (B, 1, L, keys) is True."""
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # In bfloat16 the CPU kernel's backward pass takes 2.6 times as long as in float32.
-    with torch.autocast("cpu", enabled=False):
-        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
-    return y.type_as(q)
+    """RoPE on x (T, H, D) with cos and sin (T, 1, D): halves (a, b) of a head are turned to
+    (a cos - b sin, b cos + a sin); the minus is in sin."""
+    x_float = x.float()
+    return torch.addcmul(x_float * cos, x_float.roll(x.shape[-1] // 2, -1), sin).type_as(x)
 
 
 class Linear(nn.Linear):
@@ -161,6 +231,7 @@ class Linear(nn.Linear):
         super().__init__(*args, **kwargs)
         self.lora_a = self.lora_b = None
         self.adapted = True  # False: as without the change
+        self.packed = None  # the weight in oneDNN's layout; see for_inference
 
     def add_adapter(self, rank, generator):
         a = torch.randn(rank, self.in_features, generator=generator) * self.in_features**-0.5
@@ -169,10 +240,12 @@ class Linear(nn.Linear):
         self.scale = LORA_ALPHA / rank
 
     def forward(self, x):
+        if self.packed is not None:
+            return self.packed(x, self.bias)
         y = super().forward(x)
         if self.lora_a is None or not self.adapted:
             return y
-        return y + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return torch.addmm(y, self.scale * F.linear(x, self.lora_a), self.lora_b.t())
 
     def merged(self):
         """The weight with the change added: (outputs, inputs) float32."""
@@ -192,23 +265,19 @@ class Attention(nn.Module):
         heads = config.n_head + 2 * config.n_kv_head
         self.qkv = Linear(config.n_embd, heads * self.head_size, bias=config.qkv_bias)
         self.out = Linear(config.n_head * self.head_size, config.n_embd, bias=False)
-        norm = RMSNorm if config.qk_norm else lambda size, eps: nn.Identity()
-        self.q_norm = norm(self.head_size, config.norm_eps)
-        self.k_norm = norm(self.head_size, config.norm_eps)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_size, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_size, config.norm_eps)
 
     def forward(self, x, trees, cos, sin, cache=None):
         x = self.qkv(x).unflatten(-1, (-1, self.head_size))  # (T, H + 2 * KV, D)
-        q, k, v = x.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        if cache is None:
-            k, v = trees.pad(k), trees.pad(v)  # (B, KV, L, D)
-        else:
-            k, v = extend(cache, k, v, trees)  # (B, KV, tokens so far, D)
-        group = self.n_head // self.n_kv_head
-        if group > 1:
-            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        y = tree_attention(trees.pad(q), k, v, trees.mask)  # (B, H, L, D)
-        return self.out(trees.unpad(y))
+        qk, v = x.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
+        if self.q_norm is not None:
+            q, k = qk.split((self.n_head, self.n_kv_head), dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        q, k = rotate(qk, cos, sin).split((self.n_head, self.n_kv_head), dim=1)
+        return self.out(trees.attend(q, k, v, cache))
 
 
 class MLP(nn.Module):
@@ -242,11 +311,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # True: blocks run again in the backward pass, to save memory
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        # Given weights, or torch draws some, which imports seconds of code on the meta device.
+        weight = torch.empty(config.vocab_size, config.n_embd)
+        self.embedding = nn.Embedding(*weight.shape, _weight=weight)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         if not config.tied:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.packed_head = None
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     @property
@@ -270,7 +342,8 @@ class Transformer(nn.Module):
     def forward(self, trees, cache=None):
         """Outputs (T, C) of every token of the batch."""
         angles = trees.positions[:, None, None] * self.frequencies  # (T, 1, D / 2)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos().repeat(1, 1, 2), angles.sin()
+        sin = torch.cat((-sin, sin), dim=-1)
         x = self.embedding(trees.tokens)  # (T, C)
         for i, block in enumerate(self.blocks):
             if self.checkpointing and torch.is_grad_enabled():
@@ -280,14 +353,17 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def logits(self, outputs):
-        """(rows, C) -> (rows, V), always float32."""
-        return float_logits(outputs, self.head_weight)
+        """(rows, C) -> (rows, V), always float32: in bfloat16 likely tokens would tie."""
+        with torch.autocast(outputs.device.type, enabled=False):
+            if self.packed_head is not None:
+                return self.packed_head(outputs)
+            return outputs.float() @ self.head_weight.float().t()
 
 
-def float_logits(outputs, weight):
-    """outputs (rows, C) by weight (V, C): (rows, V) float32; bfloat16 would round log p by 0.1."""
-    with torch.autocast(outputs.device.type, enabled=False):
-        return outputs.float() @ weight.float().t()
+def matmul_dtype(device):
+    """What matrix products are computed in: autocast's type, else float32."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else torch.float32
 
 
 def adapt(model, rank, seed=0):
@@ -357,6 +433,41 @@ def from_weights(config, weights, device, dtype=torch.float32):
     return model
 
 
+class Packed:
+    """A weight (outputs, inputs) for inference on a CPU, in the layout of oneDNN."""
+
+    def __init__(self, weight):
+        self.layout = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.dtype, self.parts = weight.dtype, None
+        if weight.dtype == torch.float32 and len(weight) % 4 == 0:
+            self.parts = weight.unflatten(0, (4, -1))  # (4, outputs / 4, inputs)
+
+    def __call__(self, x, bias=None):
+        """x (rows, inputs) W^T + bias."""
+        x = x.to(self.dtype)
+        if len(x) == 1 and self.parts is not None and bias is None:
+            # oneDNN and MKL read a float32 matrix for a single row at half of the memory's speed.
+            return torch.bmm(self.parts, x.t().expand(4, -1, -1)).view(1, -1)
+        return torch.ops.mkldnn._linear_pointwise(x, self.layout, bias, "none", [], "")
+
+
+@torch.no_grad()
+def for_inference(model):
+    """On a CPU, lay the weights of the linear layers out as oneDNN likes them; returns the model.
+
+    Few rows then run up to three times as fast, many a little faster. Adapters become part of the
+    weights. The model cannot be trained or saved any more.
+    """
+    on_cpu = model.embedding.weight.device.type == "cpu"
+    if on_cpu and torch.backends.mkldnn.is_available() and model.packed_head is None:
+        adapt(model, 0)
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.packed, module.weight = Packed(module.weight.detach()), None
+        model.packed_head = Packed(model.head_weight.detach().float())
+    return model
+
+
 # ---------------------------------------------------------------- log-probabilities of answers
 
 
@@ -364,42 +475,62 @@ class TokenLogps(torch.autograd.Function):
     """log softmax of the logits at the targets: (A,) float32, nats.
 
     outputs: (A, C); weight: (V, C); targets: (A,). Logits exist for `chunk` rows at a time, in the
-    forward pass and, made again, in the backward pass; all of them never do.
+    forward pass and, made again, in the backward pass; all of them never do. They are computed in
+    `dtype`, the softmax in float32.
     """
 
     @staticmethod
-    def forward(ctx, outputs, weight, targets, chunk):
-        logps, normalizers = torch.empty(2, len(targets), device=outputs.device)
-        for i in range(0, len(targets), chunk):
-            rows = slice(i, i + chunk)
-            logits = float_logits(outputs[rows], weight)
-            normalizers[rows] = logits.logsumexp(1)
-            logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - normalizers[rows]
-        ctx.save_for_backward(outputs, weight, targets, normalizers)
+    def forward(ctx, outputs, weight, targets, chunk, dtype):
+        outputs, weight = outputs.to(dtype), weight.to(dtype)
+        logps = torch.empty(len(targets), device=outputs.device)
+        for rows in slices(targets, chunk):
+            logits = relative_logits(outputs[rows], weight, targets[rows])
+            for few in slices(logits):
+                target = targets[rows][few]
+                logps[rows][few] = -F.cross_entropy(logits[few].float(), target, reduction="none")
+        ctx.save_for_backward(outputs, weight, targets)
         ctx.chunk = chunk
         return logps
 
     @staticmethod
     def backward(ctx, grad):
-        outputs, weight, targets, normalizers = ctx.saved_tensors
+        outputs, weight, targets = ctx.saved_tensors
         grad_outputs = torch.empty_like(outputs)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(targets), ctx.chunk):
-            rows = slice(i, i + ctx.chunk)
-            # d log p / d logits = (1 at the target, else 0) - softmax
-            grad_logits = float_logits(outputs[rows], weight).sub_(normalizers[rows, None]).exp_()
-            grad_logits.mul_(-grad[rows, None])
-            grad_logits.scatter_add_(1, targets[rows, None], grad[rows, None])
-            grad_outputs[rows] = grad_logits @ weight.float()
-            if grad_weight is not None:
-                grad_weight += grad_logits.t() @ outputs[rows].float()
-        return grad_outputs, grad_weight, None, None
+        trained = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
+        for rows in slices(targets, ctx.chunk):
+            logits = relative_logits(outputs[rows], weight, targets[rows])
+            for few in slices(logits):
+                # d log p / d logits = (1 at the target, else 0) - softmax; it takes their place.
+                factor, target = grad[rows][few, None], targets[rows][few, None]
+                grad_logits = logits[few].softmax(1, dtype=torch.float32).mul_(-factor)
+                logits[few] = grad_logits.scatter_add_(1, target, factor)
+            grad_outputs[rows] = logits @ weight
+            if trained:
+                grad_weight += logits.t() @ outputs[rows]
+        return grad_outputs, grad_weight, None, None, None
+
+
+def slices(x, size=None):
+    """Slices of x of `size` rows; by default as many as stay in a CPU's cache."""
+    size = size or (16 if x.device.type == "cpu" else len(x))
+    return (slice(i, i + size) for i in range(0, len(x), size))
+
+
+def relative_logits(outputs, weight, targets):
+    """Each row's logits minus that of its target, (rows, V), which does not change the softmax.
+
+    Likely tokens then have small numbers, which bfloat16 rounds little.
+    """
+    target_logits = (outputs * weight[targets]).sum(1, keepdim=True)
+    return torch.addmm(-target_logits, outputs, weight.t())
 
 
 def answer_token_logps(model, trees, chunk=512):
     """log p of every learned token: (A,) float32, nats. The one place where t predicts t + 1."""
     outputs = model(trees).index_select(0, trees.predictors)  # (A, C)
-    return TokenLogps.apply(outputs, model.head_weight, trees.targets, chunk)
+    dtype = matmul_dtype(outputs.device)
+    return TokenLogps.apply(outputs, model.head_weight, trees.targets, chunk, dtype)
 
 
 def answer_logps(model, trees):
@@ -411,14 +542,31 @@ def answer_logps(model, trees):
 # ---------------------------------------------------------------- generation
 
 
-def extend(cache, k, v, trees):
-    """Store k and v (T, KV, D) in one layer's cache (2, B, KV, size, D), each at its position.
+@dataclass
+class Step:
+    """One new token for each of B sequences, which sees all that its sequence has stored."""
 
-    Returns all keys and values that the mask speaks of: (B, KV, keys, D) each.
-    """
-    cache[0][trees.tree, :, trees.positions] = k.to(cache.dtype)
-    cache[1][trees.tree, :, trees.positions] = v.to(cache.dtype)
-    return cache[:, :, :, : trees.mask.shape[-1]].type_as(k)
+    tokens: torch.Tensor  # (B,)
+    positions: torch.Tensor  # (B,)
+    rows: torch.Tensor  # (B,) 0, 1, ...
+    n_keys: int  # those of the longest sequence, the new token among them
+    mask: torch.Tensor | None  # (B, 1, 1, n_keys) bool; None: all sequences are equally long
+
+    def attend(self, q, k, v, cache):
+        """Attention of q (B, H, D) over a layer's cache (2, B, KV, size, D): (B, H * D).
+
+        The new k and v (B, KV, D) are stored first. The query heads that share a key/value head
+        are the rows of one product.
+        """
+        if self.mask is None:
+            cache[0, :, :, self.n_keys - 1], cache[1, :, :, self.n_keys - 1] = k, v
+        else:
+            cache[0][self.rows, :, self.positions] = k.to(cache.dtype)
+            cache[1][self.rows, :, self.positions] = v.to(cache.dtype)
+        keys, values = cache[:, :, :, : self.n_keys]
+        q = q.unflatten(1, (k.shape[1], -1)).to(cache.dtype)  # (B, KV, H / KV, D)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask)
+        return y.flatten(1).type_as(k)
 
 
 def next_token(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
@@ -445,21 +593,24 @@ def generate(model, prompts, end_token, max_new_tokens, generator=None, **sampli
     passed to `next_token`. Finished sequences leave the batch.
     """
     config, device = model.config, model.embedding.weight.device
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else model.embedding.weight.dtype
+    dtype = matmul_dtype(device)
     room = [min(max_new_tokens, config.block_size - len(prompt)) for prompt in prompts]
     answers = [[] for _ in prompts]
     alive = [i for i in range(len(prompts)) if room[i] > 0]  # the answers still being written
     if not alive:
         return answers
+
+    # What all prompts begin with is the trunk of one tree, and runs once.
+    shared = common_prefix([prompts[i] for i in alive])
+    trees = pack([(prompts[alive[0]][:shared], [prompts[i][shared:] + [0] for i in alive])], device)
     lengths = torch.tensor([len(prompts[i]) for i in alive], device=device)
     size = max(len(prompts[i]) + room[i] for i in alive)
     shape = (2, len(alive), config.n_kv_head, size, config.head_size)
     cache = torch.zeros(config.n_layer, *shape, device=device, dtype=dtype)
-    trees = pack([(prompts[i], []) for i in alive], device)
-    last = lengths.cumsum(0) - 1  # the outputs that predict
+    last = trees.predictors[trees.targets.new_tensor(
+        [len(prompts[i]) - shared for i in alive]).add(1).cumsum(0) - 1]
+    outputs = model(trees, cache).index_select(0, last)
     while True:
-        outputs = model(trees, cache).index_select(0, last)
         chosen = next_token(model.logits(outputs), generator=generator, **sampling)
         going = []
         for j, (i, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
@@ -472,14 +623,17 @@ def generate(model, prompts, end_token, max_new_tokens, generator=None, **sampli
         if len(going) < len(alive):
             alive = [alive[j] for j in going]
             chosen, lengths, cache = chosen[going], lengths[going], cache[:, :, going]
-        last = torch.arange(len(alive), device=device)
-        trees = decoding_step(chosen, lengths, last)
+        sizes = [len(prompts[i]) + len(answers[i]) for i in alive]
+        mask = None
+        if min(sizes) < max(sizes):
+            mask = (torch.arange(max(sizes), device=device) <= lengths[:, None])[:, None, None]
+        rows = torch.arange(len(alive), device=device)
+        outputs = model(Step(chosen, lengths, rows, max(sizes), mask), cache)
         lengths = lengths + 1
 
 
-def decoding_step(tokens, positions, sequences):
-    """One new token for each sequence, as trees that look at all the keys stored so far."""
-    keys = torch.arange(int(positions.max()) + 1, device=tokens.device)
-    mask = keys <= positions[:, None]  # (B, keys)
-    empty = tokens[:0]
-    return Trees(tokens, positions, sequences, sequences, mask[:, None, None], *[empty] * 3, 0)
+def common_prefix(lists):
+    """How many numbers all lists begin with, leaving each its last one."""
+    shortest = min(map(len, lists)) - 1
+    first = lists[0]
+    return next((n for n in range(shortest) if any(x[n] != first[n] for x in lists)), shortest)

@@ -16,6 +16,7 @@ import common
 import data
 import evaluate
 from common import UserError
+from model import for_inference
 from sample import answer, load_checkpoint
 
 
@@ -181,6 +182,7 @@ def answer_both_ways(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
     model, tokenizer, _ = load_checkpoint(options.ckpt, device, common.PRECISIONS[precision])
+    model = for_inference(model)
     for name, preferences in ASKED.items():
         path = Path(options.out_dir) / f"{name}-val.jsonl"
         [(_, records)] = data.read_preferences(str(path))

@@ -15,7 +15,7 @@ import data
 import hf_model
 from common import PRECISIONS, UserError
 from hf_tokenizer import HfTokenizer
-from model import ModelConfig, adapt, from_weights, generate
+from model import ModelConfig, adapt, for_inference, from_weights, generate
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,7 @@ def main(options):
         hf_model.export(options.export, model, tokenizer)
         return
     model, tokenizer, _ = load_checkpoint(options.ckpt, device, PRECISIONS[precision])
+    model = for_inference(model)
     examples = read_examples(options.examples)
     generator = torch.Generator(device).manual_seed(options.seed)
     names = ("temperature", "top_k", "top_p", "max_new_tokens")

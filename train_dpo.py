@@ -20,7 +20,7 @@ import evaluate
 import train_sft
 import world
 from common import UserError
-from model import AdaptersOff, adapt, answer_logps, pack
+from model import AdaptersOff, adapt, answer_logps, from_weights, pack
 from sample import load_checkpoint, print_side_by_side, start_of
 
 
@@ -174,8 +174,8 @@ def main(options):
     if lora:
         reference = AdaptersOff(policy)
     else:
-        reference, _, _ = load_checkpoint(init_from, device, frozen)
-        adapt(reference, 0)
+        weights = policy.named_parameters()
+        reference = from_weights(policy.config, weights, device, frozen).eval()
     policy.train()
     policy.checkpointing = options.activation_checkpointing
     block_size = min(options.block_size or policy.config.block_size, policy.config.block_size)
@@ -223,6 +223,8 @@ def main(options):
         watch = Watch(
             held_out, options.eval_pairs, reference, tokenizer, block_size, options.micro_tokens
         )
+    if not held_out:
+        del reference  # nothing asks it again
 
     # 6. Loop; the last round only evaluates and saves.
     bar = tqdm(total=order.max_steps, initial=first_step, desc="dpo", unit="step")

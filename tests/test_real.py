@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import bench
 import common
 import real
 
@@ -90,9 +89,3 @@ def test_the_length_rule_by_hand():
             rows.append({"prompt": str(i), "chosen": chosen, "rejected": rejected,
                          "meta": {"preference_name": name, "dataset": "x" if i else "y"}})
     assert real.length_rule(rows) == {"all": (2, 3), "x": (1, 2), "y": (1, 1)}
-
-
-def test_bench_names_what_it_cannot_do():
-    with pytest.raises(common.UserError, match="7B"):
-        common.parse_options(bench.Options, ["memory", "--sizes", "7B"])
-    assert common.parse_options(bench.Options, ["memory", "--pairs", "2"]).pairs == 2

@@ -449,15 +449,21 @@ def test_wrong_reference_stops_the_run():
 
 
 def test_reference_stays_frozen_and_in_evaluation_mode(monkeypatch, passes):
-    models, load = [], train_dpo.load_checkpoint
+    models = []
 
-    def watched(*args):
-        models.append(load(*args))
-        return models[-1]
+    def watch(name):
+        make = getattr(train_dpo, name)
 
-    monkeypatch.setattr(train_dpo, "load_checkpoint", watched)
+        def watched(*args):
+            models.append(make(*args))
+            return models[-1]
+
+        monkeypatch.setattr(train_dpo, name, watched)
+
+    watch("load_checkpoint")
+    watch("from_weights")
     dpo("out/a", max_steps=3, eval_data="pairs.jsonl", eval_every=1)
-    (policy, _, _), (reference, _, _) = models
+    (policy, _, _), reference = models
     assert same(dict(reference.state_dict()), dict(weights("tiny")))
     assert not reference.training
     assert all(p.grad is None for p in reference.parameters())

@@ -1,0 +1,55 @@
+"""bench.py in miniature, beside the peers where they are installed."""
+
+import json
+
+import pytest
+
+import bench
+
+KEYS = {"pairs_per_second", "peak_gib", "tokens_per_second"}
+
+
+def last_line(command, *arguments):
+    status, out, err = command(bench, *arguments, "--device", "cpu", "--precision", "fp32")
+    assert status == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def test_training_is_measured_without_a_peer(workplace, command):
+    result = last_line(command, "train", "--init_from", "tiny", "--pref_data", "pairs.jsonl",
+                       "--pairs", "6", "--rounds", "1")  # fmt: skip
+    assert result["nanoAlign"].keys() >= KEYS
+    assert 0 < result["nanoAlign"]["step_seconds"] < result["nanoAlign"]["seconds"]
+    assert 0 < result["share_of_peak_in_steps"] < 1
+    assert "pairs_per_second_ratio" not in result
+
+
+def test_training_beside_trl(smol, command):
+    pytest.importorskip("trl")
+    result = last_line(command, "train", "--init_from", smol, "--pref_data", "pairs.jsonl",
+                       "--pairs", "6", "--rounds", "1", "--vs", "trl")  # fmt: skip
+    assert result["TRL"].keys() >= KEYS
+    ratio = result["nanoAlign"]["pairs_per_second"] / result["TRL"]["pairs_per_second"]
+    assert result["pairs_per_second_ratio"] == pytest.approx(ratio)
+    memory = result["nanoAlign"]["peak_gib"] / result["TRL"]["peak_gib"]
+    assert result["peak_memory_ratio"] == pytest.approx(memory)
+
+
+def test_sampling_writes_the_tokens_of_transformers(smol, command):
+    pytest.importorskip("transformers")
+    result = last_line(command, "sample", "--init_from", smol, "--pref_data", "pairs.jsonl",
+                       "--rounds", "1", "--vs", "transformers")  # fmt: skip
+    assert result["same_tokens"]
+    for size in ("1", "8"):
+        both = [result[side][f"tokens_per_second_batch_{size}"]
+                for side in ("nanoAlign", "transformers")]  # fmt: skip
+        assert result[f"tokens_per_second_ratio_batch_{size}"] == pytest.approx(both[0] / both[1])
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["jump"], "jump: must be"), (["train", "--vs", "transformers"], "--vs transformers"),
+    (["sample"], "--init_from is required"), (["memory", "--sizes", "7B"], "7B"),
+])  # fmt: skip
+def test_bench_names_what_it_cannot_do(arguments, named, command):
+    status, _, err = command(bench, *arguments)
+    assert status == 2 and named in err and len(err.splitlines()) == 1
