@@ -17,9 +17,14 @@ from pathlib import Path
 
 # Batches differ in length, and oneDNN keeps a compiled kernel for each shape: a gigabyte of them.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+if os.environ.get("RANK", "0") != "0":  # of several processes one shows its progress
+    os.environ["TQDM_DISABLE"] = "1"
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+
+import distributed  # noqa: E402
+from distributed import part_of, whole  # noqa: E402
 
 
 class UserError(Exception):
@@ -72,6 +77,8 @@ def at_least(options, least, *names):
 
 def run(main, cls):
     """Run a script's main with options from the command line; a UserError is one line, exit 2."""
+    if distributed.RANK:
+        sys.stdout = open(os.devnull, "w")
     try:
         main(parse_options(cls, sys.argv[1:]))
     except UserError as error:
@@ -82,6 +89,8 @@ def run(main, cls):
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        distributed.stop()
 
 
 # ---------------------------------------------------------------- device and precision
@@ -91,12 +100,14 @@ def pick_device(name):
     """`auto`, `cpu`, `cuda`, `cuda:1` or `mps` as a torch.device that is there."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's number of the process
+        name = cuda if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("must be auto, cpu, cuda, cuda:N or mps")
+        distributed.start(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {first_line(error)}") from None
     return device
@@ -176,6 +187,8 @@ def finished(folder):
 
 def check_folder(folder, resume, overwrite, init_from=""):
     """Raises UserError when the folder holds something and no option says what to do with it."""
+    if distributed.RANK:
+        return
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     if init_from and folder.resolve() == Path(init_from).resolve():
@@ -229,6 +242,8 @@ def lock(folder):
 
 def write_atomically(path, write):
     """Call write(temporary path), then rename, so that `path` is either old or whole."""
+    if distributed.RANK:
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -315,7 +330,7 @@ def load_trained(model, tensors):
     for name, p in parameters.items():
         if tensors[name].shape != p.shape:
             raise ValueError(f"{name}: {list(tensors[name].shape)}, expected {list(p.shape)}")
-        p.copy_(tensors[name])
+        p.copy_(part_of(tensors[name], p))
 
 
 def adamw(model, peak, weight_decay):
@@ -336,7 +351,7 @@ def update(model, optimizer, scaler, clip, rate):
     for group in optimizer.param_groups:
         group["lr"] = rate
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
     if not scaler.is_enabled() and not norm.isfinite():
         raise UserError("the gradient is not finite: lower --learning_rate")
     scaler.step(optimizer)
@@ -347,10 +362,20 @@ def update(model, optimizer, scaler, clip, rate):
 
 def save_checkpoint(folder, step, run_hash, model, optimizer, scaler):
     """All that a run needs to go on: its data order follows from the seed and the step."""
-    state = {"step": step, "run": run_hash, "model": trained(model),
-             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-             "random_state": torch.get_rng_state()}
+    tensors = {name: whole(p) for name, p in trained(model).items()}
+    state = {"step": step, "run": run_hash, "model": tensors,
+             "optimizer": optimizer_state(optimizer, lambda x, _: whole(x)),
+             "scaler": scaler.state_dict(), "random_state": torch.get_rng_state()}
     save_tensors(folder / "ckpt.pt", state)
+
+
+def optimizer_state(optimizer, change, state=None):
+    """An optimizer's state, or another's, with each moment x of a parameter p as change(x, p)."""
+    state = state or optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {i: {k: change(x, parameters[i]) if k != "step" else x for k, x in found.items()}
+               for i, found in state["state"].items()}
+    return state | {"state": moments}
 
 
 def load_checkpoint(folder, run_hash, model, optimizer, scaler):
@@ -364,7 +389,7 @@ def load_checkpoint(folder, run_hash, model, optimizer, scaler):
         raise UserError(f"{path}: cannot resume: options, data or starting model have changed")
     try:
         load_trained(model, state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(optimizer_state(optimizer, part_of, state["optimizer"]))
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random_state"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -375,7 +400,7 @@ def load_checkpoint(folder, run_hash, model, optimizer, scaler):
 def run_hash(config, examples, label_probs=()):
     """What a resumed run must share with the one that it goes on with."""
     how = {"out_dir", "overwrite", "resume", "save_every", "log_every", "device", "micro_tokens",
-           "activation_checkpointing"}  # fmt: skip
+           "activation_checkpointing", "fsdp"}  # fmt: skip
     options = {k: v for k, v in config["options"].items() if k not in how}
     rows = [[example.trunk, example.answers] for example in examples]
     return content_hash(config | {"options": options}, rows, list(label_probs))
@@ -383,7 +408,8 @@ def run_hash(config, examples, label_probs=()):
 
 def start_run(folder, options, config, run_hash, model, optimizer, scaler):
     """Claim the folder, resume or write config.json: the number of steps that are done."""
-    if open_run(folder, options.resume, options.overwrite):
+    found = not distributed.RANK and open_run(folder, options.resume, options.overwrite)
+    if distributed.gather(found)[0]:
         return load_checkpoint(folder, run_hash, model, optimizer, scaler)
     save_json(folder / "config.json", config | provenance())
     return 0
@@ -391,10 +417,11 @@ def start_run(folder, options, config, run_hash, model, optimizer, scaler):
 
 def finish_run(folder, model):
     """Write what was trained, which makes the run a finished one; drop what only resuming needs."""
-    tensors = {name: p.detach() for name, p in trained(model).items()}
+    tensors = {name: whole(p.detach()) for name, p in trained(model).items()}
     path = folder / ("adapters.pt" if any("lora_" in name for name in tensors) else "model.pt")
     save_tensors(path, tensors)
-    (folder / "ckpt.pt").unlink(missing_ok=True)
+    if not distributed.RANK:
+        (folder / "ckpt.pt").unlink(missing_ok=True)
     print(f"wrote {path} (the weights after the last step)")
 
 
@@ -412,6 +439,8 @@ class Log:
         write_atomically(self.path, lambda temporary: temporary.write_text("".join(kept)))
 
     def write(self, **fields):
+        if distributed.RANK:
+            return
         try:
             with self.path.open("a") as f:
                 f.write(json.dumps(fields) + "\n")

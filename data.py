@@ -556,6 +556,24 @@ def micro_batches(examples, micro_tokens):
     return batches
 
 
+def shares(examples, micro_tokens, rank, world):
+    """What one of `world` processes runs of a step: [(indices, weight), ...].
+
+    Trees are dealt out so that processes have about equally many tokens. All processes have equally
+    many batches, as gradients are summed in the last; one that lacks some gets a tree of weight 0.
+    """
+    dealt, used = [[] for _ in range(world)], [0] * world
+    for i in sorted(range(len(examples)), key=lambda i: -tree_size(examples[i])):
+        least = used.index(min(used))
+        dealt[least].append(i)
+        used[least] += tree_size(examples[i])
+    batches = [[[mine[j] for j in rows]
+                for rows in micro_batches([examples[i] for i in mine], micro_tokens)]
+               for mine in dealt]  # fmt: skip
+    idle = [([dealt[0][-1]], 0.0)] * (max(map(len, batches)) - len(batches[rank]))
+    return [(rows, 1.0) for rows in batches[rank]] + idle
+
+
 # ---------------------------------------------------------------- python data.py
 
 

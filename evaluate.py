@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import common
 import data
+import distributed
 import hf_model
 import world
 from common import UserError
@@ -51,7 +52,7 @@ def load_preferences(names):
 # ---------------------------------------------------------------- log-probabilities
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, whose tensors FSDP cannot gather into
 def pair_logps(model, examples, micro_tokens, progress=""):
     """log p of the two answers of each example: (pairs, 2) float32 on the CPU, nats."""
     device = model.embedding.weight.device
@@ -90,13 +91,17 @@ def reference_logps(model, weights, examples, micro_tokens, progress=""):
         [[example.trunk, example.answers] for example in examples],
     )  # fmt: skip
     path = Path("out/cache") / f"{key}.pt"
-    if path.exists():
+    if distributed.gather(path.exists())[0]:
         found = common.load_tensors(path)
         if getattr(found, "shape", None) != (len(examples), 2):
             raise UserError(f"{path}: not the log-probabilities of {len(examples)} pairs; "
                             "delete it")
         return found
-    found = pair_logps_once(model, examples, micro_tokens, progress)
+    found = torch.empty(len(examples), 2)
+    mine = examples[distributed.RANK :: distributed.WORLD]
+    mine = pair_logps_once(model, mine, micro_tokens, progress) if mine else found[:0]
+    for rank, part in enumerate(distributed.gather(mine)):
+        found[rank :: distributed.WORLD] = part
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -529,8 +529,9 @@ def relative_logits(outputs, weight, targets):
 def answer_token_logps(model, trees, chunk=512):
     """log p of every learned token: (A,) float32, nats. The one place where t predicts t + 1."""
     outputs = model(trees).index_select(0, trees.predictors)  # (A, C)
+    weight = getattr(model, "module", model).head_weight  # the model that DDP wraps
     dtype = matmul_dtype(outputs.device)
-    return TokenLogps.apply(outputs, model.head_weight, trees.targets, chunk, dtype)
+    return TokenLogps.apply(outputs, weight, trees.targets, chunk, dtype)
 
 
 def answer_logps(model, trees):
@@ -585,7 +586,7 @@ def next_token(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model, prompts, end_token, max_new_tokens, generator=None, **sampling):
     """Answers to prompts (lists of tokens of any lengths): lists of tokens, without the end token.
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import common
 import data
+import distributed
 import evaluate
 import train_sft
 import world
@@ -37,6 +38,7 @@ class Options:
     blank_meta_prompt: bool = False  # static control: hide every meta-prompt in training
     beta: float = 0.2  # DPO's temperature
     sft_weight: float = 1.0  # weight of the chosen answer's mean negative log-likelihood
+    fsdp: bool = False  # under torchrun, spread weights, gradients and optimizer over processes
     lora_rank: int = 0  # train adapters of this rank on a frozen model; 0: train the model
     activation_checkpointing: bool = False  # run blocks twice instead of keeping what they compute
     block_size: int = 0  # cut prompt and answer to this many tokens; 0: the model's context
@@ -66,6 +68,8 @@ class Options:
             self, 0, "sft_weight", "epochs", "max_steps", "learning_rate", "warmup_steps",
             "weight_decay", "clip", "seed", "lora_rank", "block_size",
         )  # fmt: skip
+        if self.fsdp and self.lora_rank:
+            raise UserError("--fsdp trains the whole model: leave out --lora_rank")
         if not 0 < self.beta < math.inf:
             raise UserError(f"--beta must be above 0, not {self.beta}")
         if not 0 <= self.label_smoothing <= 0.5:
@@ -178,6 +182,7 @@ def main(options):
         reference = from_weights(policy.config, weights, device, frozen).eval()
     policy.train()
     policy.checkpointing = options.activation_checkpointing
+    spread = distributed.spread(policy, options.fsdp)
     block_size = min(options.block_size or policy.config.block_size, policy.config.block_size)
 
     # 3. Data.
@@ -246,10 +251,12 @@ def main(options):
 
         # The loss is the mean over the pairs of the step, however it is cut.
         pairs = []
-        for micro in data.micro_batches(batch, options.micro_tokens):
+        shares = data.shares(batch, options.micro_tokens, distributed.RANK, distributed.WORLD)
+        for n, (micro, weight) in enumerate(shares, 1):
+            distributed.sync_gradients(spread, n == len(shares))
             trees = pack([batch[i].tree for i in micro], device)
             with common.autocast(device, precision):
-                logps = answer_logps(policy, trees).view(-1, 2)  # (pairs, chosen and rejected)
+                logps = answer_logps(spread, trees).view(-1, 2)  # (pairs, chosen and rejected)
             of = [rows[i] for i in micro]
             reference_now = reference_all[of].to(device)
             label_prob = label_probs[of].to(device)
@@ -263,17 +270,18 @@ def main(options):
                 check_first_step(losses, margins, lengths, options.beta, precision)
             sft_losses = -logps[:, 0] / lengths[:, 0]
             loss = (losses + options.sft_weight * sft_losses).sum() / len(batch)
-            scaler.scale(loss).backward()
-            pairs.append(torch.stack([
+            scaler.scale(loss * weight * distributed.WORLD).backward()
+            numbers = torch.stack([
                 losses, sft_losses, chosen_rewards, rejected_rewards, logps[:, 0], logps[:, 1],
-            ]).detach().cpu())  # fmt: skip
+            ])  # fmt: skip
+            pairs.append(numbers.detach().cpu() if weight else numbers.new_empty(6, 0).cpu())
 
         rate = common.learning_rate(
             step, order.max_steps, options.warmup_steps, options.learning_rate
         )
         grad_norm = common.update(policy, optimizer, scaler, options.clip, rate)
 
-        pairs = torch.cat(pairs, dim=1)  # (6, pairs of the step)
+        pairs = torch.cat(distributed.gather(torch.cat(pairs, dim=1)), dim=1)  # (6, step's pairs)
         dpo, sft, chosen, rejected, logps_chosen, logps_rejected = pairs.mean(1).tolist()
         fields = {
             "step": step + 1, "loss": dpo + options.sft_weight * sft, "loss/dpo": dpo,

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import common
 import data
+import distributed
 import world
 from common import UserError
 from model import ModelConfig, Transformer, adapt, answer_token_logps, pack
@@ -33,6 +34,7 @@ class Options:
     n_head: int = 4  # from scratch: query heads
     n_kv_head: int = 4  # from scratch: key/value heads, a divisor of n_head
     n_embd: int = 128  # from scratch: channels
+    fsdp: bool = False  # under torchrun, spread weights, gradients and optimizer over processes
     lora_rank: int = 0  # train adapters of this rank on a frozen model; 0: train the model
     activation_checkpointing: bool = False  # run blocks twice instead of keeping what they compute
     block_size: int = 0  # cut prompt and answer to this many tokens; 0: the model's, scratch 512
@@ -59,6 +61,8 @@ class Options:
             self, 0, "epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay",
             "clip", "seed", "lora_rank", "block_size",
         )  # fmt: skip
+        if self.fsdp and self.lora_rank:
+            raise UserError("--fsdp trains the whole model: leave out --lora_rank")
 
 
 def new_model(options, vocab_size):
@@ -93,6 +97,7 @@ def main(options):
         adapt(model, options.lora_rank, options.seed)
     model.train()
     model.checkpointing = options.activation_checkpointing
+    spread = distributed.spread(model, options.fsdp)
     block_size = min(options.block_size or model.config.block_size, model.config.block_size)
 
     # 3. Data.
@@ -129,13 +134,16 @@ def main(options):
 
         # The loss is the mean over all learned tokens of the step, however it is cut.
         loss_sum = 0.0
-        for rows in data.micro_batches(batch, options.micro_tokens):
+        shares = data.shares(batch, options.micro_tokens, distributed.RANK, distributed.WORLD)
+        for n, (rows, weight) in enumerate(shares, 1):
+            distributed.sync_gradients(spread, n == len(shares))
             trees = pack([batch[i].tree for i in rows], device)
             with common.autocast(device, precision):
-                token_logps = answer_token_logps(model, trees)
-            loss = -token_logps.sum() / n_learned
-            scaler.scale(loss).backward()
+                token_logps = answer_token_logps(spread, trees)
+            loss = -weight * token_logps.sum() / n_learned
+            scaler.scale(loss * distributed.WORLD).backward()
             loss_sum += loss.item()
+        loss_sum = sum(distributed.gather(loss_sum))
 
         rate = common.learning_rate(
             step, order.max_steps, options.warmup_steps, options.learning_rate

@@ -1,0 +1,76 @@
+"""Several processes under torchrun: PyTorch's DDP, or FSDP2 where a model outgrows one device.
+
+    torchrun --nproc_per_node=2 train_dpo.py ...
+
+Each process runs its share of a step's trees; both engines average gradients over processes, so a
+loss that is divided once by what is in the whole step is multiplied by their number. Rank 0 alone
+writes and prints.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(device):
+    if WORLD > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def stop():
+    if WORLD > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather(x):
+    """[x of rank 0, x of rank 1, ...] in every process; x is anything that can be pickled."""
+    found = [x]
+    if WORLD > 1:
+        found = [None] * WORLD
+        dist.all_gather_object(found, x)
+    return found
+
+
+def spread(model, fsdp):
+    """What to call instead of the model, so that backward passes sum gradients over processes.
+
+    With fsdp the model's parameters themselves become DTensors, of which each process keeps a part.
+    """
+    if WORLD == 1:
+        return model
+    if not fsdp:
+        return DistributedDataParallel(model, broadcast_buffers=False)
+    from torch.distributed.fsdp import fully_shard  # slow to import
+
+    mesh = dist.device_mesh.init_device_mesh(model.embedding.weight.device.type, (WORLD,))
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+def sync_gradients(model, now):
+    """Whether the next backward pass sums gradients over processes: in the last one of a step."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = now
+    elif WORLD > 1:
+        model.set_requires_gradient_sync(now)
+
+
+def whole(x):
+    """A tensor of which this process may have only a part; every process must ask for it."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def part_of(x, parameter):
+    """The inverse of `whole`: x as `parameter` is spread, if it is."""
+    if not hasattr(parameter, "placements"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements)

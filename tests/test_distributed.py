@@ -1,0 +1,107 @@
+"""Two gloo processes under torchrun against one: the same losses, weights and files."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+from tiny import DPO, SFT, command_line, read_log, weights
+
+HERE = Path(__file__).parent.parent
+EQUAL = {"loss", "loss/dpo", "loss/sft", "rewards/chosen", "rewards/margins",
+         "logps/chosen", "rewards/accuracies", "learning_rate"}  # fmt: skip
+
+
+def start(script, processes, **options):
+    """A process that runs a training script, alone or under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    settings = (SFT if script == "train_sft.py" else DPO) | options
+    command = [sys.executable, *(launcher if processes > 1 else []), str(HERE / script),
+               *command_line(settings)]  # fmt: skip
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+
+def train(script, processes, **options):
+    process = start(script, processes, **options)
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    return out
+
+
+def check_same(one, two):
+    """Logs of two runs agree to 1e-5, and so do the weights."""
+    one_log, two_log = read_log(one), read_log(two)
+    assert [row["step"] for row in one_log] == [row["step"] for row in two_log]
+    for a, b in zip(one_log, two_log, strict=True):
+        for key in EQUAL & a.keys():
+            assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-5), (key, a["step"])
+        if "grad_norm" in a:
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-4
+
+
+@pytest.mark.parametrize("how", [{}, {"fsdp": True}, {"lora_rank": 2}])
+def test_two_processes_learn_what_one_does(workplace, how):
+    """Unequal trees and cuts: five rows a step, the last step has four, few tokens at a time."""
+    settings = {"micro_tokens": 100, "epochs": 2.0, "eval_data": "pairs.jsonl", "eval_every": 3}
+    train("train_dpo.py", 1, out_dir="out/one", **settings)
+    out = train("train_dpo.py", 2, out_dir="out/two", **settings, **how)
+    if "lora_rank" in how:
+        train("train_dpo.py", 1, out_dir="out/one", overwrite=True, **settings, **how)
+    check_same("out/one", "out/two")
+    assert out.count("flips right") == 1  # one process prints
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_sft_in_two_processes(workplace, fsdp):
+    train("train_sft.py", 1, out_dir="out/one")
+    train("train_sft.py", 2, out_dir="out/two", fsdp=fsdp)
+    check_same("out/one", "out/two")
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_resume_on_another_number_of_processes(workplace, first, then):
+    settings = {"epochs": 40.0, "save_every": 1, "learning_rate": 1e-4}
+    train("train_dpo.py", 1, out_dir="out/whole", **settings)
+    process = start("train_dpo.py", first, out_dir="out/cut", fsdp=first > 1, **settings)
+    while not Path("out/cut/ckpt.pt").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.terminate()
+    process.communicate()
+    assert not Path("out/cut/model.pt").exists(), "it finished before it was stopped"
+    train("train_dpo.py", then, out_dir="out/cut", fsdp=then > 1, resume=True, **settings)
+    check_same("out/whole", "out/cut")
+
+
+def test_an_error_is_one_line_and_the_others_stop(workplace):
+    process = start("train_dpo.py", 2, out_dir="out/two", pref_data="none.jsonl")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "error: none.jsonl" in out
+
+
+def test_shares_cover_a_step_once(byte_tokenizer):
+    """Every tree once with weight 1, and equally many batches for each process."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 60, (11, 3), generator=generator).tolist()
+    examples = [data.Example([1] * a, [[2] * b, [3] * c]) for a, b, c in sizes]
+    for world in (1, 2, 3, 12):
+        found = [data.shares(examples, 120, rank, world) for rank in range(world)]
+        assert len({len(batches) for batches in found}) == 1
+        rows = [i for batches in found for rows, weight in batches if weight for i in rows]
+        assert sorted(rows) == list(range(11))
+        assert all(weight in (0.0, 1.0) and rows for batches in found for rows, weight in batches)
+        tokens = [sum(data.tree_size(examples[i]) for rows, weight in batches if weight
+                      for i in rows) for batches in found]  # fmt: skip
+        if world < 4:
+            assert max(tokens) - min(tokens) <= max(map(data.tree_size, examples))
+    alone = [rows for rows, _ in data.shares(examples, 120, 0, 1)]
+    assert alone == data.micro_batches(examples, 120)
