@@ -2,6 +2,7 @@
 
     python bench.py train  --init_from DIR --pref_data FILE [--vs trl]
     python bench.py sample --init_from DIR --pref_data FILE [--vs transformers]
+    python bench.py prefix --init_from DIR [--vs transformers]    # cost of long shared prefixes
     python bench.py memory     # peak memory of one DPO step by model size, full and LoRA
 
 Each measurement is a process of its own; the sides take turns. The last line is one JSON object.
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import common
 import data
@@ -29,18 +31,18 @@ import evaluate
 import hf_model
 import train_dpo
 from common import UserError, content_hash
-from model import ModelConfig, Transformer, for_inference, generate
+from model import ModelConfig, Transformer, answer_logps, for_inference, generate, pack
 from sample import load_checkpoint, load_tokenizer
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure speed and memory of training or sampling; the last line is one JSON object."""
+    """Measure speed and memory; the last line is one JSON object."""
 
-    what: str = "train"  # train, sample, memory
+    what: str = "train"  # train, sample, prefix, memory
     init_from: str = ""  # finished run, Hugging Face folder or org/name
     pref_data: str = ""  # preference files, separated by commas
-    vs: str = ""  # measure this peer too: trl (train) or transformers (sample)
+    vs: str = ""  # measure this peer too: trl (train) or transformers (sample, prefix)
     pairs: int = 16  # train: rows drawn from the data; one epoch of them is a round
     batch_size: int = 4  # pairs a step
     rounds: int = 2  # how often the sides take turns
@@ -53,7 +55,8 @@ class Options:
     def __post_init__(self):
         common.at_least(self, 1, "pairs", "batch_size", "rounds")
         common.at_least(self, 0, "lora_rank")
-        peers = {"train": ("", "trl"), "sample": ("", "transformers"), "memory": ("",)}
+        peers = {"train": ("", "trl"), "sample": ("", "transformers"),
+                 "prefix": ("", "transformers"), "memory": ("",)}
         if self.what not in peers:
             raise UserError(f"{self.what}: must be {', '.join(peers)}")
         if self.vs not in peers[self.what]:
@@ -332,6 +335,79 @@ def sample(options, device, precision):
     return result
 
 
+# ---------------------------------------------------------------- long prefixes
+
+PREFIXES, ANSWERS, ANSWER = (64, 256, 1024, 2048), (1, 2, 8), 32  # tokens, answers, tokens of each
+
+
+def time_passes(run):
+    """{answers: [seconds for each prefix]} of run(prefix, answers): a forward and backward pass."""
+    generator = random.Random(0)
+    draw = lambda n: [generator.randrange(1000) for _ in range(n)]  # noqa: E731
+    run(draw(64), [draw(ANSWER)])
+    seconds = {}
+    for n in ANSWERS:
+        for size in PREFIXES:
+            work = draw(size), [draw(ANSWER) for _ in range(n)]
+            start = time.perf_counter()
+            run(*work)
+            seconds.setdefault(str(n), []).append(time.perf_counter() - start)
+    return seconds
+
+
+def prefix_ours(init_from, device, precision):
+    device = torch.device(device)
+    model, _, _ = load_checkpoint(init_from, device)
+    model.train()
+
+    def run(prefix, answers):
+        with common.autocast(device, precision):
+            logps = answer_logps(model, pack([(prefix, answers)], device))
+        logps.sum().backward()
+        model.zero_grad()
+
+    return {"seconds": time_passes(run)}
+
+
+def prefix_transformers(init_from, device, precision):
+    """A row for each answer, at most 4,096 tokens at once, logits where an answer is predicted."""
+    import transformers
+
+    device = torch.device(device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(init_from, dtype=torch.float32)
+    model.to(device).train()
+
+    def run(prefix, answers):
+        rows = torch.tensor([prefix + answer for answer in answers], device=device)
+        for ids in rows.split(max(1, 4096 // rows.shape[1])):
+            with common.autocast(device, precision):
+                logits = model(ids, logits_to_keep=ANSWER + 1).logits[:, :-1]
+            targets = ids[:, -ANSWER:]
+            F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()).backward()
+        model.zero_grad()
+
+    return {"seconds": time_passes(run)}
+
+
+def prefix(options, device, precision):
+    """Seconds of one forward and backward pass by number of answers and length of their prefix."""
+    init_from = str(hf_model.find(options.init_from).resolve())
+    sides = {"nanoAlign": prefix_ours}
+    sides |= {"transformers": prefix_transformers} if options.vs else {}
+    best = {}
+    for _ in range(options.rounds):
+        for side, function in sides.items():
+            found = in_process(function, init_from, str(device), precision)["seconds"]
+            for n, seconds in found.items():
+                before = best.setdefault(side, {}).get(n, seconds)
+                best[side][n] = list(map(min, before, seconds))
+    print("seconds    answers" + "".join(f"{size:>10}" for size in PREFIXES))
+    for side, found in best.items():
+        for n, seconds in found.items():
+            print(f"{side:<14}{n:>4}" + "".join(f"{x:10.2f}" for x in seconds))
+    return {"prefixes": PREFIXES, "prefix_seconds": best}
+
+
 # ---------------------------------------------------------------- memory by model size
 
 # n_layer, n_head, n_kv_head, n_embd, n_hidden, vocab_size, tied
@@ -418,13 +494,13 @@ def print_result(result):
 def main(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
-    if options.what == "memory":
-        result = memory(options, device, precision)
-    else:
-        for name in ("init_from", "pref_data"):
-            if not getattr(options, name):
-                raise UserError(f"--{name} is required")
-        result = (train if options.what == "train" else sample)(options, device, precision)
+    needed = {"memory": (), "prefix": ("init_from",)}.get(options.what, ("init_from", "pref_data"))
+    for name in needed:
+        if not getattr(options, name):
+            raise UserError(f"--{name} is required")
+    measure = {"train": train, "sample": sample, "prefix": prefix, "memory": memory}[options.what]
+    result = measure(options, device, precision)
+    if options.what in ("train", "sample"):
         print_result(result)
     conditions = {"options": asdict(options), "precision": precision}
     print(json.dumps(result | conditions | common.provenance()))

@@ -144,31 +144,32 @@ def group_spans(spans, n_tokens):
     """(groups of spans of like size, each token's place in the groups' outputs), as lists.
 
     A span is (trunk, own): the tokens that all of its queries see, and those that are queries too.
+    Without a trunk attention is causal and needs no mask.
     """
 
     def size(span):
-        return len(span[0]) > 0, len(span[0]) + len(span[1]), len(span[1])
+        trunk, own = map(len, span)
+        return trunk > 0, trunk + own, own
 
-    grouped, used = [], 0
+    grouped, work = [], 0
     for span in sorted(spans, key=size, reverse=True):
         masked, n_keys, n_queries = size(span)
+        work += n_keys * n_queries
         if grouped:
-            most_keys = size(grouped[-1][0])[1]
-            most_queries = max(n_queries, *(len(own) for _, own in grouped[-1]))
-            padded = (len(grouped[-1]) + 1) * most_keys * most_queries
-            used += n_keys * n_queries
-        if not grouped or masked != size(grouped[-1][0])[0] or padded > PADDING * used:
+            members = [*grouped[-1], span]
+            padded = len(members) * size(members[0])[1] * max(size(x)[2] for x in members)
+        if not grouped or masked != size(members[0])[0] or padded > PADDING * work:
             grouped.append([])
-            used = n_keys * n_queries
+            work = n_keys * n_queries
         grouped[-1].append(span)
 
     groups, places, offset = [], [0] * n_tokens, 0
     for members in grouped:
         queries, keys = pad([own for _, own in members]), pad([[*t, *own] for t, own in members])
         mask = None
-        if members[0][0]:  # a query sees the trunk and its own branch up to itself
+        if members[0][0]:
             last = torch.tensor([len(trunk) for trunk, _ in members])[:, None, None]
-            last = last + torch.arange(len(queries[0]))[None, :, None]
+            last = last + torch.arange(len(queries[0]))[None, :, None]  # the key of each query
             mask = (torch.arange(len(keys[0])) <= last)[:, None]
         for _, own in members:
             for i, token in enumerate(own):
@@ -512,8 +513,8 @@ class TokenLogps(torch.autograd.Function):
 
 
 def slices(x, size=None):
-    """Slices of x of `size` rows; by default as many as stay in a CPU's cache."""
-    size = size or (16 if x.device.type == "cpu" else len(x))
+    """Slices of x of `size` rows; by default as many of a matrix as stay in a CPU's cache."""
+    size = size or (2**20 // x.shape[1] + 1 if x.device.type == "cpu" else len(x))
     return (slice(i, i + size) for i in range(0, len(x), size))
 
 

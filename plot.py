@@ -1,6 +1,7 @@
 """The README's figure and results table, from the logs of runs.
 
     python plot.py --run out/dpo --figure assets/listening.png
+    python plot.py --prefix prefix.log --figure assets/prefix.png
     python plot.py --table SFT=out/sft DPO=out/dpo,out/dpo-1,out/dpo-2
 """
 
@@ -15,10 +16,11 @@ from common import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """Draw the evaluations in a run's log.jsonl, or print a table of several runs' eval.json."""
+    """Draw a run's evaluations or a benchmark, or print a table of several runs' eval.json."""
 
     run: str = "out/dpo"  # folder of a DPO run
     figure: str = "assets/listening.png"  # picture to write
+    prefix: str = ""  # what `bench.py prefix` printed: draw that instead
     table: tuple[str, ...] = ()  # NAME=DIR[,DIR...]: print these runs, mean and spread over DIRs
 
 
@@ -76,7 +78,36 @@ def main(options):
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError("plot.py needs matplotlib: pip install -r requirements-dev.txt") from None
-    evaluations = read_evaluations(Path(options.run) / "log.jsonl")
+    if options.prefix:
+        figure = draw_prefix(plt, Path(options.prefix))
+    else:
+        figure = draw_run(plt, Path(options.run) / "log.jsonl")
+    Path(options.figure).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.figure, dpi=110)
+    print(f"wrote {options.figure}")
+
+
+def draw_prefix(plt, path):
+    """Seconds by length of the prefix; one colour for each number of answers."""
+    try:
+        found = json.loads(path.read_text().splitlines()[-1])
+        sizes, sides = found["prefixes"], found["prefix_seconds"]
+    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not what bench.py prefix prints: {error}") from None
+    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    for (side, found), style in zip(sides.items(), ("-", "--"), strict=False):
+        for i, (n, seconds) in enumerate(found.items()):
+            axes.plot(sizes, seconds, style, color=f"C{i}", marker="o", markersize=3,
+                      label=f"{side}, {n} answer{'s' * (n != '1')}")  # fmt: skip
+    axes.set(xlabel="tokens of the shared prefix", ylabel="seconds, forward and backward pass",
+             xscale="log", yscale="log", xticks=sizes, xticklabels=sizes)  # fmt: skip
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+    return figure
+
+
+def draw_run(plt, path):
+    evaluations = read_evaluations(path)
     steps = [line["step"] for line in evaluations]
     splits = {name: [line["eval"][name]["flip_accuracy"] for line in evaluations]
               for name, first in evaluations[0]["eval"].items() if "flip_accuracy" in first}
@@ -85,9 +116,7 @@ def main(options):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     draw(left, steps, splits, "both rows of a flip right, by split", 0.25)
     draw(right, steps, by_axis, "pairs right that differ on one axis", 0.5)
-    Path(options.figure).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.figure, dpi=110)
-    print(f"wrote {options.figure}")
+    return figure
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ class Options:
     data: str = ""  # folder with polite, concise and personas, each with train.jsonl and val.jsonl
     out_dir: str = "out/real"  # folder of the files
     polite_copies: int = 2  # how often a politeness pair occurs, each time in other wordings
-    concise_pairs: int = 250  # how many pairs of at most concise_size characters
-    concise_size: int = 900  # prompt, preference and both answers together
-    personas_pairs: int = 400  # how many pairs of statements
+    concise_pairs: int = 1000  # how many pairs of at most concise_size characters
+    concise_size: int = 2000  # prompt, preference and both answers together
+    personas_pairs: int = 600  # how many pairs of statements
     seed: int = 0  # of what is held out and drawn
     ckpt: str = ""  # answer held-out prompts with this checkpoint instead
     prompts: int = 20  # how many

@@ -21,7 +21,7 @@ import evaluate
 import train_sft
 import world
 from common import UserError
-from model import AdaptersOff, adapt, answer_logps, from_weights, pack
+from model import AdaptersOff, adapt, answer_logps, for_inference, from_weights, pack
 from sample import load_checkpoint, print_side_by_side, start_of
 
 
@@ -179,7 +179,7 @@ def main(options):
         reference = AdaptersOff(policy)
     else:
         weights = policy.named_parameters()
-        reference = from_weights(policy.config, weights, device, frozen).eval()
+        reference = for_inference(from_weights(policy.config, weights, device, frozen).eval())
     policy.train()
     policy.checkpointing = options.activation_checkpointing
     spread = distributed.spread(policy, options.fsdp)

@@ -17,6 +17,7 @@ import torch
 import common
 import data
 import evaluate
+import sample
 import train_dpo
 import world
 from common import UserError
@@ -464,7 +465,11 @@ def test_reference_stays_frozen_and_in_evaluation_mode(monkeypatch, passes):
     watch("from_weights")
     dpo("out/a", max_steps=3, eval_data="pairs.jsonl", eval_every=1)
     (policy, _, _), reference = models
-    assert same(dict(reference.state_dict()), dict(weights("tiny")))
+    start, _, _ = sample.load_checkpoint("tiny", torch.device("cpu"))
+    trees = pack([([1, 2, 3], [[4, 5], [6, 7, 8]])])
+    with torch.no_grad():
+        assert torch.allclose(reference(trees), start(trees), atol=1e-5)
+        assert not torch.allclose(policy(trees), start(trees), atol=1e-3)
     assert not reference.training
     assert all(p.grad is None for p in reference.parameters())
     assert same(dict(policy.state_dict()), dict(weights("out/a")))
