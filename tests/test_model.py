@@ -1,5 +1,6 @@
 """The transformer, its token trees, its log-probabilities and its generation."""
 
+import copy
 import dataclasses
 import gc
 import math
@@ -21,8 +22,10 @@ from model import (
     adapt,
     answer_logps,
     answer_token_logps,
+    for_inference,
     from_weights,
     generate,
+    has_adapters,
     next_token,
     pack,
     rotate,
@@ -117,6 +120,26 @@ def test_packed_logps_equal_one_at_a_time(n_branches):
     assert (packed - torch.cat(alone)).abs().max() < 1e-5
     assert torch.allclose(sums, torch.stack([a.sum() for a in alone]), atol=1e-4, rtol=1e-6)
     assert alone[0].mean() < -1  # the comparison is not one of trivial numbers
+
+
+def test_how_spans_are_grouped_changes_nothing(monkeypatch):
+    """From a group for each size to one for all; the work of a group is at most PADDING times its
+    spans' own, and nothing is grouped with what it does not fit."""
+    model, trees = new_model(), draw_trees(3, n_trees=9)
+    outputs, sizes = [], []
+    for padding in (1.0, 1.5, 1e9):
+        monkeypatch.setattr(model_file, "PADDING", padding)
+        packed = pack(trees)
+        with torch.no_grad():
+            outputs.append(answer_token_logps(model, packed))
+        sizes.append(len(packed.groups))
+        work = sum((len(t) + len(bs[0]) - 1) ** 2 if i == 0 else (len(b) - 1) * (len(t) + len(b) - 1)
+                   for t, bs in trees for i, b in enumerate(bs))  # fmt: skip
+        padded = sum(g.queries.numel() * g.keys.shape[1] for g in packed.groups)
+        assert work <= padded <= padding * work
+    assert sizes[0] > sizes[1] > sizes[2] == 2
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
+    assert torch.allclose(outputs[0], outputs[2], atol=1e-5)
 
 
 def test_every_answer_token_is_learned_once_and_never_the_last_one_read():
@@ -346,6 +369,39 @@ def test_from_weights_refuses_what_is_not_the_models(change):
         from_weights(CONFIG, weights, "cpu")
 
 
+# ---------------------------------------------------------------- for inference
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": False, "qkv_bias": True}, {"vocab_size": 30}])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_for_inference_changes_nothing(changes, rank):
+    """Outputs, logits of many rows and of one, answers; adapters are merged."""
+    config = dataclasses.replace(CONFIG, **changes)
+    model, prompts = new_model(config), [draw(random.Random(i), n) for i, n in enumerate((9, 1, 5))]
+    adapt(model, rank)
+    for module in model.modules():
+        if rank and isinstance(module, Linear):
+            module.lora_b.data.normal_(generator=torch.Generator().manual_seed(1))
+    packed, trees = for_inference(copy.deepcopy(model)), pack(draw_trees(3))
+    with torch.no_grad():
+        expected, found = model(trees), packed(trees)
+        assert torch.allclose(found, expected, atol=1e-4)
+        for rows in (expected, expected[:1]):
+            assert torch.allclose(packed.logits(rows), model.logits(rows), atol=1e-4)
+    for some in (prompts, prompts[:1]):
+        assert generate(packed, some, -1, 12) == generate(model, some, -1, 12)
+    assert not has_adapters(packed) and all(
+        module.weight is None for module in packed.modules() if isinstance(module, Linear))
+
+
+def test_for_inference_in_bfloat16_is_exact():
+    rounded = from_weights(CONFIG, new_model().named_parameters(), "cpu", torch.bfloat16)
+    trees = pack(draw_trees(2))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        before = answer_logps(rounded, trees)
+        assert torch.equal(answer_logps(for_inference(rounded), trees), before)
+
+
 # ---------------------------------------------------------------- the network
 
 
@@ -434,6 +490,24 @@ def test_cached_generation_equals_uncached():
         assert generate(model, prompts, end, 15) == expected
         lengths.add(len({len(tokens) for tokens in expected}))
     assert max(lengths) > 2  # one batch finished at three different steps or more
+
+
+def test_what_prompts_share_runs_once(monkeypatch):
+    """Equal prompts, one that is the beginning of another, and a long common beginning."""
+    model, rng, rows = new_model(), random.Random(5), []
+    start = draw(rng, 8)
+    prompts = [start + draw(rng, 3), start, start + draw(rng, 1), start, start + draw(rng, 6)]
+    expected = [greedy_uncached(model, prompt, 9) for prompt in prompts]
+    forward = Block.forward
+
+    def watched(self, x, *args):
+        rows.append(len(x))
+        return forward(self, x, *args)
+
+    monkeypatch.setattr(Block, "forward", watched)
+    assert generate(model, prompts, -1, 9) == expected
+    assert rows[0] == 7 + (4 + 1 + 2 + 1 + 7)  # each keeps its last token, so the trunk has 7
+    assert set(rows[CONFIG.n_layer :]) == {5}
 
 
 def test_generation_stops_at_block_size_and_at_max_new_tokens():
