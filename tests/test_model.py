@@ -133,8 +133,8 @@ def test_how_spans_are_grouped_changes_nothing(monkeypatch):
         with torch.no_grad():
             outputs.append(answer_token_logps(model, packed))
         sizes.append(len(packed.groups))
-        work = sum((len(t) + len(bs[0]) - 1) ** 2 if i == 0 else (len(b) - 1) * (len(t) + len(b) - 1)
-                   for t, bs in trees for i, b in enumerate(bs))  # fmt: skip
+        sums = [(len(t) + len(b) - 1, len(b) - 1, i) for t, bs in trees for i, b in enumerate(bs)]
+        work = sum(keys * (own if i else keys) for keys, own, i in sums)
         padded = sum(g.queries.numel() * g.keys.shape[1] for g in packed.groups)
         assert work <= padded <= padding * work
     assert sizes[0] > sizes[1] > sizes[2] == 2
