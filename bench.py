@@ -16,6 +16,7 @@ import os
 import random
 import resource
 import shutil
+import sys
 import tempfile
 import time
 import traceback
@@ -61,6 +62,8 @@ class Options:
             raise UserError(f"{self.what}: must be {', '.join(peers)}")
         if self.vs not in peers[self.what]:
             raise UserError(f"--vs {self.vs}: {self.what} has {', '.join(peers[self.what][1:])}")
+        if self.vs and self.lora_rank:
+            raise UserError("--vs trl trains the whole model: leave out --lora_rank")
         unknown = set(self.sizes) - set(SHAPES)
         if unknown:
             raise UserError(f"--sizes: {unknown.pop()}: must be among {', '.join(SHAPES)}")
@@ -75,9 +78,11 @@ def call(function, arguments, pipe):
         with open(os.devnull, "w") as f, contextlib.redirect_stdout(f), \
                 contextlib.redirect_stderr(f):  # fmt: skip
             found = function(*arguments)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+        unit = 1 if sys.platform == "darwin" else 2**10
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated() or peak
+            on_cards = map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))
+            peak = max(on_cards) or peak
         pipe.send(found | {"peak_gib": peak / 2**30})
     except BaseException as error:
         lines = traceback.format_exc() if not isinstance(error, UserError) else str(error)
@@ -257,10 +262,15 @@ NEW_TOKENS = 64  # of each answer; end tokens do not stop it, so that all do the
 def sampling_prompts(options):
     """Token lists of eight queries under the first row's meta-prompt."""
     records = [record for _, rows in data.read_preferences(options.pref_data) for record in rows]
-    tokenizer, _ = load_tokenizer(options.init_from)
+    tokenizer, block_size = load_tokenizer(options.init_from)
     first = {k: v for k, v in records[0].items() if k in data.META_PROMPT}
     queries = list({json.dumps(r["prompt"]): r["prompt"] for r in records}.values())[:8]
-    return [tokenizer.render(first | {"prompt": query}) for query in queries]
+    prompts = [tokenizer.render(first | {"prompt": query}) for query in queries]
+    longest = max(map(len, prompts))
+    if len(prompts) < 8 or longest + NEW_TOKENS > block_size:
+        raise UserError(f"--pref_data {options.pref_data}: needs eight queries that leave room for "
+                        f"{NEW_TOKENS} tokens; has {len(prompts)} of up to {longest} tokens")
+    return prompts
 
 
 def time_sampling(write, prompts):
@@ -272,15 +282,15 @@ def time_sampling(write, prompts):
     middle = time.perf_counter()
     together = write(prompts, NEW_TOKENS)
     seconds = time.perf_counter() - middle
-    return {"tokens_per_second_batch_1": NEW_TOKENS * len(answers) / (middle - start),
-            "tokens_per_second_batch_8": NEW_TOKENS * len(together) / seconds,
+    return {"tokens_per_second_batch_1": sum(map(len, answers)) / (middle - start),
+            "tokens_per_second_batch_8": sum(map(len, together)) / seconds,
             "tokens": content_hash(answers, together)}  # fmt: skip
 
 
 def sample_ours(init_from, prompts, device, precision):
     device = torch.device(device)
     model, _, _ = load_checkpoint(init_from, device, common.PRECISIONS[precision])
-    model = for_inference(model)
+    model = for_inference(model, sampling=True)
 
     def write(prompts, n):
         with common.autocast(device, precision):
@@ -343,14 +353,17 @@ PREFIXES, ANSWERS, ANSWER = (64, 256, 1024, 2048), (1, 2, 8), 32  # tokens, answ
 def time_passes(run):
     """{answers: [seconds for each prefix]} of run(prefix, answers): a forward and backward pass."""
     generator = random.Random(0)
-    draw = lambda n: [generator.randrange(1000) for _ in range(n)]  # noqa: E731
+    draw = lambda n: [generator.randrange(256) for _ in range(n)]  # noqa: E731
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     run(draw(64), [draw(ANSWER)])
+    wait()
     seconds = {}
     for n in ANSWERS:
         for size in PREFIXES:
             work = draw(size), [draw(ANSWER) for _ in range(n)]
             start = time.perf_counter()
             run(*work)
+            wait()
             seconds.setdefault(str(n), []).append(time.perf_counter() - start)
     return seconds
 

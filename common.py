@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import distributed  # noqa: E402
-from distributed import part_of, whole  # noqa: E402
+from distributed import part_of, saved, whole  # noqa: E402
 
 
 class UserError(Exception):
@@ -93,6 +93,20 @@ def run(main, cls):
         distributed.stop()
 
 
+def on_first(function, *arguments):
+    """What function(*arguments) gives in the first of several processes; they stop if it fails."""
+    found = error = None
+    if not distributed.RANK:
+        try:
+            found = function(*arguments)
+        except UserError as trouble:
+            error = trouble
+    found, failed = distributed.gather((found, error is not None))[0]
+    if failed:
+        raise error or SystemExit(2)
+    return found
+
+
 # ---------------------------------------------------------------- device and precision
 
 
@@ -100,8 +114,11 @@ def pick_device(name):
     """`auto`, `cpu`, `cuda`, `cuda:1` or `mps` as a torch.device that is there."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
-        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's number of the process
-        name = cuda if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's number of the process
+    elif name.startswith("cuda") and distributed.WORLD > 1:
+        raise UserError(f"--device {name}: under torchrun each process takes its own: cuda")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -187,8 +204,6 @@ def finished(folder):
 
 def check_folder(folder, resume, overwrite, init_from=""):
     """Raises UserError when the folder holds something and no option says what to do with it."""
-    if distributed.RANK:
-        return
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     if init_from and folder.resolve() == Path(init_from).resolve():
@@ -362,9 +377,9 @@ def update(model, optimizer, scaler, clip, rate):
 
 def save_checkpoint(folder, step, run_hash, model, optimizer, scaler):
     """All that a run needs to go on: its data order follows from the seed and the step."""
-    tensors = {name: whole(p) for name, p in trained(model).items()}
+    tensors = {name: saved(p.detach()) for name, p in trained(model).items()}
     state = {"step": step, "run": run_hash, "model": tensors,
-             "optimizer": optimizer_state(optimizer, lambda x, _: whole(x)),
+             "optimizer": optimizer_state(optimizer, lambda x, _: saved(x)),
              "scaler": scaler.state_dict(), "random_state": torch.get_rng_state()}
     save_tensors(folder / "ckpt.pt", state)
 
@@ -408,8 +423,7 @@ def run_hash(config, examples, label_probs=()):
 
 def start_run(folder, options, config, run_hash, model, optimizer, scaler):
     """Claim the folder, resume or write config.json: the number of steps that are done."""
-    found = not distributed.RANK and open_run(folder, options.resume, options.overwrite)
-    if distributed.gather(found)[0]:
+    if on_first(open_run, folder, options.resume, options.overwrite):
         return load_checkpoint(folder, run_hash, model, optimizer, scaler)
     save_json(folder / "config.json", config | provenance())
     return 0
@@ -417,11 +431,12 @@ def start_run(folder, options, config, run_hash, model, optimizer, scaler):
 
 def finish_run(folder, model):
     """Write what was trained, which makes the run a finished one; drop what only resuming needs."""
-    tensors = {name: whole(p.detach()) for name, p in trained(model).items()}
+    tensors = {name: saved(p.detach()) for name, p in trained(model).items()}
     path = folder / ("adapters.pt" if any("lora_" in name for name in tensors) else "model.pt")
     save_tensors(path, tensors)
     if not distributed.RANK:
         (folder / "ckpt.pt").unlink(missing_ok=True)
+    distributed.gather(None)  # no process looks for the file before it is there
     print(f"wrote {path} (the weights after the last step)")
 
 

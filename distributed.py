@@ -1,4 +1,4 @@
-"""Several processes under torchrun: PyTorch's DDP, or FSDP2 where a model outgrows one device.
+"""Several processes under torchrun: PyTorch's DDP, or FSDP2 where training outgrows one device.
 
     torchrun --nproc_per_node=2 train_dpo.py ...
 
@@ -38,14 +38,16 @@ def gather(x):
 
 
 def spread(model, fsdp):
-    """What to call instead of the model, so that backward passes sum gradients over processes.
+    """What to call instead of the model, so that backward passes average gradients over processes.
 
-    With fsdp the model's parameters themselves become DTensors, of which each process keeps a part.
+    With fsdp the model's parameters themselves become DTensors: each process keeps a part of the
+    float32 weights, of their gradients and of the optimizer's state. It still loads the model
+    whole, and under autocast holds it once in 16 bits.
     """
     if WORLD == 1:
         return model
     if not fsdp:
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model)
     from torch.distributed.fsdp import fully_shard  # slow to import
 
     mesh = dist.device_mesh.init_device_mesh(model.embedding.weight.device.type, (WORLD,))
@@ -55,7 +57,7 @@ def spread(model, fsdp):
 
 
 def sync_gradients(model, now):
-    """Whether the next backward pass sums gradients over processes: in the last one of a step."""
+    """Whether the next backward pass, the last of a step, averages gradients over processes."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
     elif WORLD > 1:
@@ -65,6 +67,14 @@ def sync_gradients(model, now):
 def whole(x):
     """A tensor of which this process may have only a part; every process must ask for it."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def saved(x):
+    """A tensor as the first process saves it; the others hold no copy."""
+    if not hasattr(x, "full_tensor"):
+        return x
+    x = x.full_tensor()
+    return x.new_empty(0) if RANK else x.cpu()
 
 
 def part_of(x, parameter):

@@ -58,7 +58,8 @@ def pair_logps(model, examples, micro_tokens, progress=""):
     device = model.embedding.weight.device
     logps = torch.empty(len(examples), 2)
     batches = data.micro_batches(examples, micro_tokens)
-    for rows in tqdm(batches, desc=progress, leave=False, disable=not progress):
+    hidden = not progress or distributed.RANK > 0
+    for rows in tqdm(batches, desc=progress, leave=False, disable=hidden):
         trees = pack([examples[i].tree for i in rows], device)
         logps[rows] = answer_logps(model, trees).view(-1, 2).float().cpu()
     return logps
@@ -252,7 +253,8 @@ def score_generated(model, tokenizer, records, max_new_tokens, progress=""):
               for i, r in reversed(list(enumerate(records)))}
     rows = sorted(unique.values(), key=lambda i: len(records[i]["prompt"]))
     texts = []
-    for start in tqdm(range(0, len(rows), 128), desc=progress, leave=False, disable=not progress):
+    hidden = not progress or distributed.RANK > 0
+    for start in tqdm(range(0, len(rows), 128), desc=progress, leave=False, disable=hidden):
         batch = [records[i] for i in rows[start : start + 128]]
         texts += answer(model, tokenizer, batch, max_new_tokens)
     axes = defaultdict(list)

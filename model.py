@@ -435,12 +435,15 @@ def from_weights(config, weights, device, dtype=torch.float32):
 
 
 class Packed:
-    """A weight (outputs, inputs) for inference on a CPU, in the layout of oneDNN."""
+    """A weight (outputs, inputs) for inference on a CPU, in the layout of oneDNN.
 
-    def __init__(self, weight):
+    With single_rows a float32 weight is kept as it was too.
+    """
+
+    def __init__(self, weight, single_rows):
         self.layout = torch.ops.mkldnn._reorder_linear_weight(weight)
         self.dtype, self.parts = weight.dtype, None
-        if weight.dtype == torch.float32 and len(weight) % 4 == 0:
+        if single_rows and weight.dtype == torch.float32 and len(weight) % 4 == 0:
             self.parts = weight.unflatten(0, (4, -1))  # (4, outputs / 4, inputs)
 
     def __call__(self, x, bias=None):
@@ -453,19 +456,24 @@ class Packed:
 
 
 @torch.no_grad()
-def for_inference(model):
+def for_inference(model, sampling=False):
     """On a CPU, lay the weights of the linear layers out as oneDNN likes them; returns the model.
 
     Few rows then run up to three times as fast, many a little faster. Adapters become part of the
-    weights. The model cannot be trained or saved any more.
+    weights. For sampling there is a second copy of the head, and of all float32 weights. The model
+    cannot be trained or saved any more.
     """
-    on_cpu = model.embedding.weight.device.type == "cpu"
-    if on_cpu and torch.backends.mkldnn.is_available() and model.packed_head is None:
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    kinds = {module.weight.dtype for module in linears if module.weight is not None}
+    possible = model.embedding.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if possible and torch.bfloat16 in kinds:
+        possible = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if possible and kinds:
         adapt(model, 0)
-        for module in model.modules():
-            if isinstance(module, Linear):
-                module.packed, module.weight = Packed(module.weight.detach()), None
-        model.packed_head = Packed(model.head_weight.detach().float())
+        for module in linears:
+            module.packed, module.weight = Packed(module.weight.detach(), sampling), None
+        if sampling:
+            model.packed_head = Packed(model.head_weight.detach().float(), sampling)
     return model
 
 

@@ -208,7 +208,7 @@ def main(options):
         hf_model.export(options.export, model, tokenizer)
         return
     model, tokenizer, _ = load_checkpoint(options.ckpt, device, PRECISIONS[precision])
-    model = for_inference(model)
+    model = for_inference(model, sampling=True)
     examples = read_examples(options.examples)
     generator = torch.Generator(device).manual_seed(options.seed)
     names = ("temperature", "top_k", "top_p", "max_new_tokens")

@@ -166,7 +166,9 @@ def main(options):
     precision = common.pick_precision(options.precision, device)
     torch.manual_seed(options.seed)
     init_from = options.init_from or ("out/sft" if in_world else f"{options.out_dir}-sft")
-    common.check_folder(folder, options.resume, options.overwrite, init_from)
+    common.on_first(
+        common.check_folder, folder, options.resume, options.overwrite, init_from
+    )
 
     # 2. Models and tokenizer: the policy starts as the reference.
     if not options.init_from:
@@ -179,7 +181,8 @@ def main(options):
         reference = AdaptersOff(policy)
     else:
         weights = policy.named_parameters()
-        reference = for_inference(from_weights(policy.config, weights, device, frozen).eval())
+        reference = from_weights(policy.config, weights, device, frozen).eval()
+        reference = for_inference(reference)
     policy.train()
     policy.checkpointing = options.activation_checkpointing
     spread = distributed.spread(policy, options.fsdp)

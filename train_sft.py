@@ -83,7 +83,9 @@ def main(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
     torch.manual_seed(options.seed)
-    common.check_folder(folder, options.resume, options.overwrite, options.init_from)
+    common.on_first(
+        common.check_folder, folder, options.resume, options.overwrite, options.init_from
+    )
 
     # 2. Model and tokenizer.
     if options.init_from == "scratch":

@@ -35,9 +35,11 @@ def test_training_beside_trl(smol, command):
     assert result["peak_memory_ratio"] == pytest.approx(memory)
 
 
-def test_sampling_writes_the_tokens_of_transformers(smol, command):
+def test_sampling_writes_the_tokens_of_transformers(smol, command, write_rows):
     pytest.importorskip("transformers")
-    result = last_line(command, "sample", "--init_from", smol, "--pref_data", "pairs.jsonl",
+    row = {"preference": "Be brief.", "chosen": "a", "rejected": "b"}
+    write_rows("eight.jsonl", *(row | {"prompt": f"What is {word}?"} for word in "abcdefgh"))
+    result = last_line(command, "sample", "--init_from", smol, "--pref_data", "eight.jsonl",
                        "--rounds", "1", "--vs", "transformers")  # fmt: skip
     assert result["same_tokens"]
     for size in ("1", "8"):
@@ -49,6 +51,7 @@ def test_sampling_writes_the_tokens_of_transformers(smol, command):
 @pytest.mark.parametrize(("arguments", "named"), [
     (["jump"], "jump: must be"), (["train", "--vs", "transformers"], "--vs transformers"),
     (["sample"], "--init_from is required"), (["memory", "--sizes", "7B"], "7B"),
+    (["train", "--vs", "trl", "--lora_rank", "2"], "--lora_rank"),
 ])  # fmt: skip
 def test_bench_names_what_it_cannot_do(arguments, named, command):
     status, _, err = command(bench, *arguments)

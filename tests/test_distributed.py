@@ -82,10 +82,21 @@ def test_resume_on_another_number_of_processes(workplace, first, then):
     check_same("out/whole", "out/cut")
 
 
-def test_an_error_is_one_line_and_the_others_stop(workplace):
-    process = start("train_dpo.py", 2, out_dir="out/two", pref_data="none.jsonl")
+def test_both_stages_in_two_processes(workplace):
+    """The second stage of each process waits for what the first process has written."""
+    rows = {"init_from": "", "pref_data": "pairs.jsonl", "max_steps": 2, "out_dir": "out/two"}
+    Path("out").mkdir()
+    train("train_sft.py", 2, out_dir="out/two-sft")
+    train("train_dpo.py", 2, **rows)
+    assert Path("out/two/model.pt").exists()
+
+
+@pytest.mark.parametrize("options", [{"pref_data": "none.jsonl"}, {"out_dir": "tiny"}])
+def test_an_error_is_one_line_and_the_others_stop(workplace, options):
+    process = start("train_dpo.py", 2, **{"out_dir": "out/two"} | options)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and "error: none.jsonl" in out
+    assert process.returncode != 0 and "error: " in out
+    assert "Traceback" not in out.split("ChildFailedError")[0].split("torch/distributed/run.py")[0]
 
 
 def test_shares_cover_a_step_once(byte_tokenizer):

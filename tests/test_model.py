@@ -382,14 +382,17 @@ def test_for_inference_changes_nothing(changes, rank):
     for module in model.modules():
         if rank and isinstance(module, Linear):
             module.lora_b.data.normal_(generator=torch.Generator().manual_seed(1))
-    packed, trees = for_inference(copy.deepcopy(model)), pack(draw_trees(3))
-    with torch.no_grad():
-        expected, found = model(trees), packed(trees)
-        assert torch.allclose(found, expected, atol=1e-4)
-        for rows in (expected, expected[:1]):
-            assert torch.allclose(packed.logits(rows), model.logits(rows), atol=1e-4)
-    for some in (prompts, prompts[:1]):
-        assert generate(packed, some, -1, 12) == generate(model, some, -1, 12)
+    trees = pack(draw_trees(3))
+    for sampling in (False, True):
+        packed = for_inference(copy.deepcopy(model), sampling)
+        assert (packed.packed_head is not None) == sampling
+        with torch.no_grad():
+            expected, found = model(trees), packed(trees)
+            assert torch.allclose(found, expected, atol=1e-4)
+            for rows in (expected, expected[:1]):
+                assert torch.allclose(packed.logits(rows), model.logits(rows), atol=1e-4)
+        for some in (prompts, prompts[:1]):
+            assert generate(packed, some, -1, 12) == generate(model, some, -1, 12)
     assert not has_adapters(packed) and all(
         module.weight is None for module in packed.modules() if isinstance(module, Linear))
 
