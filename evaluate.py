@@ -22,7 +22,7 @@ import distributed
 import hf_model
 import world
 from common import UserError
-from model import AdaptersOff, adapt, answer_logps, for_inference, has_adapters, pack
+from model import adapt, answer_logps, for_inference, pack
 from sample import answer, load_checkpoint, reference_folder, weights_hash
 
 
@@ -367,8 +367,6 @@ def load_reference(options, policy, tokenizer, config, device, dtype):
             folder = reference_folder(options.ckpt, config)
         except UserError as error:
             raise UserError(f"{error}; give --reference") from None
-        if has_adapters(policy):
-            return AdaptersOff(policy), folder
     reference, its_tokenizer, _ = load_checkpoint(folder, device, dtype)
     adapt(reference, 0)
     if its_tokenizer.describe() != tokenizer.describe():
@@ -384,8 +382,7 @@ def main(options):
     policy, tokenizer, config = load_checkpoint(ckpt, device, dtype)
     reference, folder = load_reference(options, policy, tokenizer, config, device, dtype)
     datasets = load_preferences(options.pref_data)
-    if not has_adapters(policy):  # else policy and reference share weights
-        policy, reference = for_inference(policy), for_inference(reference)
+    policy, reference = for_inference(policy), for_inference(reference)
     with common.autocast(device, precision):
         [results] = evaluate(
             {"policy": policy}, reference, weights_hash(folder), tokenizer, datasets,

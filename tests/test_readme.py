@@ -25,7 +25,7 @@ def test_the_readme_shows_every_script():
 
 @pytest.mark.parametrize(("name", "arguments"), COMMANDS)
 def test_commands_of_the_readme_have_valid_options(name, arguments):
-    arguments = arguments.split("`")[0].replace("$s", "1")
+    arguments = re.split("[`|]", arguments)[0].replace("$s", "1")
     common.parse_options(importlib.import_module(name).Options, shlex.split(arguments))
 
 
@@ -64,3 +64,15 @@ def test_figure_from_a_log(tmp_path):
     figure = tmp_path / "made/figure.png"
     plot.main(plot.Options(run=str(tmp_path), figure=str(figure)))
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_figure_of_a_benchmark(tmp_path, capsys):
+    pytest.importorskip("matplotlib").use("Agg")
+    sides = {"nanoAlign": {"1": [1, 2], "2": [1, 3]}, "transformers": {"1": [1, 2], "2": [2, 6]}}
+    log, figure = tmp_path / "prefix.log", tmp_path / "prefix.png"
+    log.write_text("seconds\n" + json.dumps({"prefixes": [64, 256], "prefix_seconds": sides}))
+    plot.main(plot.Options(prefix=str(log), figure=str(figure)))
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    log.write_text("killed\n")
+    with pytest.raises(common.UserError, match="not what bench.py prefix prints"):
+        plot.main(plot.Options(prefix=str(log), figure=str(figure)))
