@@ -23,6 +23,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -61,8 +62,9 @@ class Options:
         if self.what not in peers:
             raise UserError(f"{self.what}: must be {', '.join(peers)}")
         if self.vs not in peers[self.what]:
-            raise UserError(f"--vs {self.vs}: {self.what} has {', '.join(peers[self.what][1:])}")
-        if self.vs and self.lora_rank:
+            peer = ", ".join(peers[self.what][1:]) or "no peer"
+            raise UserError(f"--vs {self.vs}: {self.what} has {peer}")
+        if self.vs == "trl" and self.lora_rank:
             raise UserError("--vs trl trains the whole model: leave out --lora_rank")
         unknown = set(self.sizes) - set(SHAPES)
         if unknown:
@@ -106,6 +108,16 @@ def in_process(function, *arguments):
     return found
 
 
+def take_turns(sides, rounds, *arguments):
+    """{side: [what its function(*arguments) found in each round]}, printed as it comes."""
+    found = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, function in sides.items():
+            found[side].append(in_process(function, *arguments))
+            print(side, found[side][-1], flush=True)
+    return found
+
+
 def matmul_peak(device, precision):
     """Floating-point operations a second of a product of 2048-square matrices, the best of ten."""
     dtype = common.PRECISIONS[precision]
@@ -145,12 +157,35 @@ class Job:
 def train_ours(job):
     """train_dpo.py as it is, from its start to its end: {"seconds", "step_seconds"}."""
     os.chdir(job.folder)
+    shutil.rmtree("out", ignore_errors=True)  # no reference from an earlier round
     start = time.perf_counter()
     train_dpo.main(job.dpo_options)
     seconds = time.perf_counter() - start
     lines = Path("out/run/log.jsonl").read_text().splitlines()
     steps = [line["seconds"] for line in map(json.loads, lines) if "seconds" in line]
     return {"seconds": seconds, "step_seconds": sum(steps)}
+
+
+KERNELS = {  # of a profile's operators: part of a name
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn"),
+    "attention": ("attention",), "softmax": ("softmax", "nll"), "copies": ("copy_", "fill_"),
+    "indexing": ("index", "scatter", "cat"), "optimizer": ("adam",),
+}  # fmt: skip
+
+
+def profile_ours(job):
+    """Which share of the operators' own time in `train_ours` is spent on what."""
+    with torch.profiler.profile() as profiler:
+        train_ours(job)
+    shares = dict.fromkeys((*KERNELS, "rest"), 0.0)
+    events = profiler.key_averages()
+    spent = {e.key: getattr(e, "self_device_time_total", 0) or e.self_cpu_time_total
+             for e in events}
+    for key, time_spent in spent.items():
+        kind = next((kind for kind, parts in KERNELS.items()
+                     if any(part in key for part in parts)), "rest")  # fmt: skip
+        shares[kind] += time_spent / sum(spent.values())
+    return shares
 
 
 def train_trl(job):
@@ -200,7 +235,7 @@ def encoded_rows(job):
 
 
 def operations(job):
-    """{"tokens", "reference", "steps"}: tree tokens of an epoch, operations of its matrix products.
+    """{"tokens", "steps", "matmul_peak"}: tree tokens and operations in products of an epoch.
 
     Two for each weight and token forward, four more backward; blocks run for every tree token, the
     head for every learned one. Frozen weights need no gradient of their own, so LoRA takes four.
@@ -215,8 +250,8 @@ def operations(job):
     learned = sum(len(answer) for i in order for answer in examples[i].answers)
     once = blocks * tokens + head * learned
     peak = matmul_peak(job.device, job.precision)
-    return {"tokens": tokens, "reference": 2 * once, "steps": (4 if job.lora_rank else 6) * once,
-            "matmul_peak": peak}  # fmt: skip
+    steps = (4 if job.lora_rank else 6) * once
+    return {"tokens": tokens, "steps": steps, "matmul_peak": peak}
 
 
 def train(options, device, precision):
@@ -225,18 +260,13 @@ def train(options, device, precision):
     rows = random.Random(0).sample(records, min(options.pairs, len(records)))
     lines = [json.dumps({k: v for k, v in row.items() if k != "where"}) for row in rows]
     sides = {"nanoAlign": train_ours} | ({"TRL": train_trl} if options.vs else {})
-    found = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "pairs.jsonl").write_text("\n".join(lines))
         init_from = str(hf_model.find(options.init_from).resolve())
         job = Job(folder, init_from, options.batch_size, options.lora_rank, str(device), precision)
         needed = in_process(operations, job)
-        for _ in range(options.rounds):
-            for side, function in sides.items():
-                shutil.rmtree(Path(folder, "out"), ignore_errors=True)  # no cached reference
-                found[side].append(in_process(function, job))
-                print(f"{side:<10}" + "".join(
-                    f"  {key} {value:.2f}" for key, value in found[side][-1].items()), flush=True)
+        shares = in_process(profile_ours, job)
+        found = take_turns(sides, options.rounds, job)
 
     result = {"pairs": len(rows), "tree_tokens": needed["tokens"]}
     for side, runs in found.items():
@@ -246,6 +276,7 @@ def train(options, device, precision):
                                "peak_gib": max(run["peak_gib"] for run in runs)}  # fmt: skip
     ours, peak = result["nanoAlign"], needed["matmul_peak"]
     result["matmul_gflops"] = peak / 1e9
+    result |= {f"time_in_{name}": share for name, share in shares.items() if name != "peak_gib"}
     result["share_of_peak_in_steps"] = needed["steps"] / ours["step_seconds"] / peak
     if options.vs:
         theirs = result["TRL"]
@@ -326,11 +357,7 @@ def sample(options, device, precision):
     init_from = str(hf_model.find(options.init_from).resolve())
     sides = {"nanoAlign": sample_ours}
     sides |= {"transformers": sample_transformers} if options.vs else {}
-    found = {side: [] for side in sides}
-    for _ in range(options.rounds):
-        for side, function in sides.items():
-            found[side].append(in_process(function, init_from, prompts, str(device), precision))
-            print(side, found[side][-1], flush=True)
+    found = take_turns(sides, options.rounds, init_from, prompts, str(device), precision)
     result = {"prompt_tokens": [len(prompt) for prompt in prompts]}
     keys = ("tokens_per_second_batch_1", "tokens_per_second_batch_8")
     for side, runs in found.items():
@@ -407,13 +434,9 @@ def prefix(options, device, precision):
     init_from = str(hf_model.find(options.init_from).resolve())
     sides = {"nanoAlign": prefix_ours}
     sides |= {"transformers": prefix_transformers} if options.vs else {}
-    best = {}
-    for _ in range(options.rounds):
-        for side, function in sides.items():
-            found = in_process(function, init_from, str(device), precision)["seconds"]
-            for n, seconds in found.items():
-                before = best.setdefault(side, {}).get(n, seconds)
-                best[side][n] = list(map(min, before, seconds))
+    turns = take_turns(sides, options.rounds, init_from, str(device), precision)
+    best = {side: {n: np.min([run["seconds"][n] for run in runs], axis=0).tolist()
+                   for n in runs[0]["seconds"]} for side, runs in turns.items()}  # fmt: skip
     print("seconds    answers" + "".join(f"{size:>10}" for size in PREFIXES))
     for side, found in best.items():
         for n, seconds in found.items():

@@ -60,16 +60,16 @@ class Trees:
     positions: torch.Tensor  # (T,) distance from the root; a branch goes on from its trunk
     groups: list  # of Group: all spans
     places: torch.Tensor  # (T,) a token's place in the outputs of all groups, one after the other
-    paths: torch.Tensor  # (spans, longest) each span's keys, in the order of the branches
     predictors: torch.Tensor  # (A,) the token whose output predicts the learned token
     targets: torch.Tensor  # (A,) the learned token
     answer: torch.Tensor  # (A,) which answer, counted over the whole batch, it belongs to
     n_answers: int
+    paths: torch.Tensor | None = None  # (B, longest) the tokens of each sequence to be cached
 
     def attend(self, q, k, v, cache=None):
         """Attention of q (T, H, D) over k, v (T, KV, D): (T, H * D).
 
-        A layer's cache (2, spans, KV, size, D) is filled with the keys and values of each span.
+        A layer's cache (2, B, KV, size, D) is filled with the keys and values of the paths.
         """
         if cache is not None:
             cache[0, :, :, : self.paths.shape[1]] = take(k, self.paths)
@@ -132,9 +132,8 @@ def pack(trees, device="cpu"):
     for group in groups:
         group.queries, group.keys = to(group.queries), to(group.keys)
         group.mask = None if group.mask is None else group.mask.to(device)
-    paths = pad([[*trunk, *own] for trunk, own in spans])
-    return Trees(to(tokens), to(positions), groups, *map(to, (places, paths)),
-                 *map(to, (predictors, targets, answer)), n_answers)
+    return Trees(to(tokens), to(positions), groups,
+                 *map(to, (places, predictors, targets, answer)), n_answers)
 
 
 PADDING = 1.5  # of a group's padded products of queries and keys to those within its spans
@@ -341,7 +340,7 @@ class Transformer(nn.Module):
         return self
 
     def forward(self, trees, cache=None):
-        """Outputs (T, C) of every token of the batch."""
+        """Outputs (T, C) of every token of the batch: of trees, or with a cache of a `Step`."""
         angles = trees.positions[:, None, None] * self.frequencies  # (T, 1, D / 2)
         cos, sin = angles.cos().repeat(1, 1, 2), angles.sin()
         sin = torch.cat((-sin, sin), dim=-1)
@@ -382,10 +381,6 @@ def adapt(model, rank, seed=0):
                 module.lora_a = module.lora_b = None
             if rank:
                 module.add_adapter(rank, generator)
-
-
-def has_adapters(model):
-    return any("lora_" in name for name, _ in model.named_parameters())
 
 
 class AdaptersOff:
@@ -610,15 +605,11 @@ def generate(model, prompts, end_token, max_new_tokens, generator=None, **sampli
     if not alive:
         return answers
 
-    # What all prompts begin with is the trunk of one tree, and runs once.
-    shared = common_prefix([prompts[i] for i in alive])
-    trees = pack([(prompts[alive[0]][:shared], [prompts[i][shared:] + [0] for i in alive])], device)
+    trees, last = pack_prompts([prompts[i] for i in alive], device)
     lengths = torch.tensor([len(prompts[i]) for i in alive], device=device)
     size = max(len(prompts[i]) + room[i] for i in alive)
     shape = (2, len(alive), config.n_kv_head, size, config.head_size)
     cache = torch.zeros(config.n_layer, *shape, device=device, dtype=dtype)
-    last = trees.predictors[trees.targets.new_tensor(
-        [len(prompts[i]) - shared for i in alive]).add(1).cumsum(0) - 1]
     outputs = model(trees, cache).index_select(0, last)
     while True:
         chosen = next_token(model.logits(outputs), generator=generator, **sampling)
@@ -642,8 +633,15 @@ def generate(model, prompts, end_token, max_new_tokens, generator=None, **sampli
         lengths = lengths + 1
 
 
-def common_prefix(lists):
-    """How many numbers all lists begin with, leaving each its last one."""
-    shortest = min(map(len, lists)) - 1
-    first = lists[0]
-    return next((n for n in range(shortest) if any(x[n] != first[n] for x in lists)), shortest)
+def pack_prompts(prompts, device):
+    """(trees, (B,) the last token of each prompt): one tree, whose trunk is what all begin with."""
+    shortest, first = min(map(len, prompts)) - 1, prompts[0]
+    differ = (n for n in range(shortest) if any(prompt[n] != first[n] for prompt in prompts))
+    shared = next(differ, shortest)  # each prompt keeps a last token of its own
+    paths, end = [], shared
+    for prompt in prompts:
+        start, end = end, end + len(prompt) - shared
+        paths.append([*range(shared), *range(start, end)])
+    trees = pack([(first[:shared], [[*prompt[shared:], 0] for prompt in prompts])], device)
+    trees.paths = torch.tensor(pad(paths), device=device)
+    return trees, torch.tensor([path[-1] for path in paths], device=device)

@@ -21,6 +21,8 @@ def test_training_is_measured_without_a_peer(workplace, command):
     assert result["nanoAlign"].keys() >= KEYS
     assert 0 < result["nanoAlign"]["step_seconds"] < result["nanoAlign"]["seconds"]
     assert 0 < result["share_of_peak_in_steps"] < 1
+    times = [value for key, value in result.items() if key.startswith("time_in_")]
+    assert result["time_in_products"] > 0 and sum(times) == pytest.approx(1)
     assert "pairs_per_second_ratio" not in result
 
 
@@ -51,6 +53,7 @@ def test_sampling_writes_the_tokens_of_transformers(smol, command, write_rows):
 @pytest.mark.parametrize(("arguments", "named"), [
     (["jump"], "jump: must be"), (["train", "--vs", "transformers"], "--vs transformers"),
     (["sample"], "--init_from is required"), (["memory", "--sizes", "7B"], "7B"),
+    (["memory", "--vs", "trl"], "no peer"),
     (["train", "--vs", "trl", "--lora_rank", "2"], "--lora_rank"),
 ])  # fmt: skip
 def test_bench_names_what_it_cannot_do(arguments, named, command):

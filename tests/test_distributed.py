@@ -17,9 +17,12 @@ EQUAL = {"loss", "loss/dpo", "loss/sft", "rewards/chosen", "rewards/margins",
          "logps/chosen", "rewards/accuracies", "learning_rate"}  # fmt: skip
 
 
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone"]
+
+
 def start(script, processes, **options):
     """A process that runs a training script, alone or under torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [*LAUNCHER, f"--nproc_per_node={processes}"]
     settings = (SFT if script == "train_sft.py" else DPO) | options
     command = [sys.executable, *(launcher if processes > 1 else []), str(HERE / script),
                *command_line(settings)]  # fmt: skip
@@ -82,13 +85,23 @@ def test_resume_on_another_number_of_processes(workplace, first, then):
     check_same("out/whole", "out/cut")
 
 
-def test_both_stages_in_two_processes(workplace):
-    """The second stage of each process waits for what the first process has written."""
-    rows = {"init_from": "", "pref_data": "pairs.jsonl", "max_steps": 2, "out_dir": "out/two"}
-    Path("out").mkdir()
-    train("train_sft.py", 2, out_dir="out/two-sft")
-    train("train_dpo.py", 2, **rows)
-    assert Path("out/two/model.pt").exists()
+BOTH_STAGES = """
+import sys
+sys.path.insert(0, {here!r})
+import torch, distributed, sample, train_sft
+train_sft.main(train_sft.Options(**{options!r}))
+sample.load_checkpoint("out/first", torch.device("cpu"))
+distributed.stop()
+"""
+
+
+def test_no_process_goes_on_before_the_run_is_written(workplace):
+    """What the second stage of each process reads, the first process has written."""
+    options = SFT | {"out_dir": "out/first"}
+    Path("both.py").write_text(BOTH_STAGES.format(here=str(HERE), options=options))
+    found = subprocess.run([sys.executable, *LAUNCHER, "--nproc_per_node=2", "both.py"],
+                           capture_output=True, text=True)  # fmt: skip
+    assert found.returncode == 0, found.stderr
 
 
 @pytest.mark.parametrize("options", [{"pref_data": "none.jsonl"}, {"out_dir": "tiny"}])

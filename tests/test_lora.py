@@ -14,8 +14,20 @@ import evaluate
 import sample
 import train_sft
 from common import UserError
-from model import AdaptersOff, Linear, adapt, answer_logps, generate, has_adapters, pack
-from tiny import dpo, draw_trees, lora, new_model, pairs, read_log, run, same, sft, weights
+from model import AdaptersOff, Linear, adapt, answer_logps, generate, pack
+from tiny import (
+    dpo,
+    draw_trees,
+    has_adapters,
+    lora,
+    new_model,
+    pairs,
+    read_log,
+    run,
+    same,
+    sft,
+    weights,
+)
 
 pytestmark = pytest.mark.usefixtures("workplace")
 CPU = torch.device("cpu")

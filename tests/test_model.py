@@ -25,12 +25,11 @@ from model import (
     for_inference,
     from_weights,
     generate,
-    has_adapters,
     next_token,
     pack,
     rotate,
 )
-from tiny import CONFIG, draw, draw_trees, new_model
+from tiny import CONFIG, draw, draw_trees, has_adapters, new_model
 
 
 def dense_logits(model, tokens):

@@ -29,6 +29,10 @@ def new_model(config=CONFIG, seed=0):
     return model.eval()
 
 
+def has_adapters(model):
+    return any("lora_" in name for name, _ in model.named_parameters())
+
+
 def draw(rng, n):
     return [rng.randrange(CONFIG.vocab_size) for _ in range(n)]
 
