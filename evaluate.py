@@ -19,6 +19,7 @@ from tqdm import tqdm
 import common
 import data
 import distributed
+import few_shot
 import hf_model
 import world
 from common import UserError
@@ -31,7 +32,9 @@ class Options:
     """Measure how well a checkpoint follows preferences; prints a table, writes eval.json."""
 
     ckpt: str = "out/dpo"  # folder of a finished run
-    pref_data: str = "world"  # world, or preference files, separated by commas
+    pref_data: str = "world"  # world, users, told, or preference files, separated by commas
+    context: tuple[str, ...] = ()  # numbers of other choices of a row's user to be shown
+    context_data: str = ""  # files to take those choices from; default: pref_data
     reference: str = ""  # pi_0; default: what training started from; from scratch the run itself
     max_new_tokens: int = 120  # longest generated answer, in tokens (world only)
     micro_tokens: int = 4096  # tree tokens of one forward pass
@@ -40,33 +43,51 @@ class Options:
 
     def __post_init__(self):
         common.at_least(self, 1, "max_new_tokens", "micro_tokens")
+        if not all(n.isdecimal() for n in self.context):
+            raise UserError(f"--context: must be whole numbers, not {' '.join(self.context)}")
 
 
 def load_preferences(names):
-    """[(dataset name, records), ...] of `world` or of preference files."""
-    if names == "world":
-        return [(split, world.evaluation_pairs(split)) for split in world.SPLITS]
+    """[(dataset name, records), ...] of the world's data of this name or of preference files."""
+    if names in world.DATA:
+        return [(name, make()) for name, make in world.DATA[names][1].items()]
     return data.read_preferences(names)
+
+
+def add_contexts(datasets, sizes, source=""):
+    """The datasets with N choices of each row's user as its examples, for each N of `sizes`.
+
+    The choices are the user's others, or those in the files `source`. Several sizes are several
+    datasets, named `NAME, N=size`.
+    """
+    source = source and [row for _, rows in load_preferences(source) for row in rows]
+    return [(f"{name}, N={n}" if len(sizes) > 1 else name,
+             few_shot.with_context(records, n, source or None))
+            for name, records in datasets for n in sizes]
 
 
 # ---------------------------------------------------------------- log-probabilities
 
 
 @torch.no_grad()  # not inference_mode, whose tensors FSDP cannot gather into
-def pair_logps(model, examples, micro_tokens, progress=""):
-    """log p of the two answers of each example: (pairs, 2) float32 on the CPU, nats."""
+def pair_logps(model, examples, micro_tokens, progress="", z=None):
+    """log p of the two answers of each example: (pairs, 2) float32 on the CPU, nats.
+
+    z (pairs, n_latent) steers the model.
+    """
     device = model.embedding.weight.device
     logps = torch.empty(len(examples), 2)
     batches = data.micro_batches(examples, micro_tokens)
     hidden = not progress or distributed.RANK > 0
     for rows in tqdm(batches, desc=progress, leave=False, disable=hidden):
         trees = pack([examples[i].tree for i in rows], device)
+        trees.z = None if z is None else z[rows]
         logps[rows] = answer_logps(model, trees).view(-1, 2).float().cpu()
     return logps
 
 
 def pair_logps_once(model, examples, micro_tokens, progress=""):
-    """The same, (pairs, 2), where the two rows of a flip have one trunk: computed once for both."""
+    """The same, (pairs, 2), where rows have equal trunks and answers: computed once for all."""
     trees, places = {}, []
     for example in examples:
         first = example.answers[0] <= example.answers[1]
@@ -249,7 +270,7 @@ def score_generated(model, tokenizer, records, max_new_tokens, progress=""):
     Returns ({metric: (rows, right)}, {axis: [right or not]}, [(record, text), ...]). Rows with the
     same meta-prompt and query count once.
     """
-    unique = {json.dumps([*(r.get(tier) for tier in data.TEXT_TIERS), r["prompt"]]): i
+    unique = {json.dumps([*(r.get(tier) for tier in data.META_PROMPT), r["prompt"]]): i
               for i, r in reversed(list(enumerate(records)))}
     rows = sorted(unique.values(), key=lambda i: len(records[i]["prompt"]))
     texts = []
@@ -274,6 +295,17 @@ def score_generated(model, tokenizer, records, max_new_tokens, progress=""):
 
 # ---------------------------------------------------------------- the whole evaluation
 
+WORLD = {name for _, evaluation in world.DATA.values() for name in evaluation}
+
+
+@torch.no_grad()
+def latent_logps(model, records, shown, alone, micro_tokens, name):
+    """`pair_logps` of a model that is steered by z, with the records' examples and without any."""
+    z = few_shot.latents(model, records)
+    nothing = few_shot.latents(model, [{}]).expand_as(z)
+    return [pair_logps(model, shown, micro_tokens, f"policy, {name}", z),
+            pair_logps(model, alone, micro_tokens, f"nothing known, {name}", nothing)]
+
 
 def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens, max_new_tokens=120):
     """{policy name: {dataset name: entry of eval.json}} for models {policy name: model}.
@@ -283,13 +315,19 @@ def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens, ma
     results = {policy: {} for policy in policies}
     for name, records in datasets:
         block_size = min(model.config.block_size for model in (reference, *policies.values()))
-        shown, alone = encode_both(records, tokenizer, block_size, name)
+        latent = any(model.encoder is not None for model in policies.values())
+        read = [few_shot.without_examples(r) for r in records] if latent else records
+        shown, alone = encode_both(read, tokenizer, block_size, name)
         logps = {reference: [
             reference_logps(reference, weights, examples, micro_tokens, f"reference, {name}")
             for examples in (shown, alone)
         ]}
         for policy, model in policies.items():
-            if model not in logps:
+            if model in logps:
+                continue
+            if latent:
+                logps[model] = latent_logps(model, records, shown, alone, micro_tokens, name)
+            else:
                 logps[model] = [
                     pair_logps_once(model, examples, micro_tokens, f"{policy}, {name}")
                     for examples in (shown, alone)
@@ -297,9 +335,10 @@ def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens, ma
         flips = find_flips(records)
         for policy, model in policies.items():
             found, axes = steerability(*logps[model], *logps[reference], flips), {}
-            if name in world.SPLITS:
+            if name.split(",")[0] in WORLD:
+                asked = records if model is not reference else read
                 generated, axes, _ = score_generated(
-                    model, tokenizer, records, max_new_tokens, f"{policy} answers {name}"
+                    model, tokenizer, asked, max_new_tokens, f"{policy} answers {name}"
                 )
                 found |= generated
             results[policy][name] = summarize(found, records, flips)
@@ -329,6 +368,32 @@ def print_table(results):
             for key in keys
         )  # fmt: skip
         print(f"{name:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
+
+
+def load_reward_model(folder, config, device):
+    """(reward model, how it sees answers) of a run of train_btl.py."""
+    base, tokenizer, _ = load_checkpoint(reference_folder(folder, config), device)
+    model = few_shot.RewardModel(**config["model"]).to(device).eval()
+    path = Path(folder) / "model.pt"
+    try:
+        common.load_trained(model, common.load_tensors(path))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: not the weights of its config.json: {error}") from None
+    return model, few_shot.Features(for_inference(base), tokenizer)
+
+
+@torch.no_grad()
+def evaluate_rewards(model, features, datasets):
+    """`evaluate` of a reward model: {dataset name: entry of eval.json}."""
+    results = {}
+    for name, records in datasets:
+        answers = features([few_shot.choice(record) for record in records])
+        found = [model(answers, few_shot.latents(model, asked, features)).cpu()
+                 for asked in (records, [{}] * len(records))]
+        flips, nothing = find_flips(records), torch.zeros(len(records), 2)
+        right = steerability(*found, nothing, nothing, flips)
+        results[name] = summarize(right, records, flips)
+    return results
 
 
 def save_report(folder, results, reference, precision):
@@ -374,14 +439,27 @@ def load_reference(options, policy, tokenizer, config, device, dtype):
     return reference, folder
 
 
+def load_datasets(options):
+    datasets = load_preferences(options.pref_data)
+    if options.context:
+        datasets = add_contexts(datasets, list(map(int, options.context)), options.context_data)
+    return datasets
+
+
 def main(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
     dtype = common.PRECISIONS[precision]
     ckpt = hf_model.find(options.ckpt)
+    config = common.load_json(ckpt / "config.json")
+    if config.get("stage") == "np-btl":
+        results = evaluate_rewards(*load_reward_model(ckpt, config, device), load_datasets(options))
+        print_table(results)
+        save_report(ckpt, results, "none: rewards are compared as they are", "fp32")
+        return
     policy, tokenizer, config = load_checkpoint(ckpt, device, dtype)
     reference, folder = load_reference(options, policy, tokenizer, config, device, dtype)
-    datasets = load_preferences(options.pref_data)
+    datasets = load_datasets(options)
     policy, reference = for_inference(policy), for_inference(reference)
     with common.autocast(device, precision):
         [results] = evaluate(

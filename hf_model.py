@@ -257,6 +257,8 @@ def export(folder, model, tokenizer):
     """
     folder = Path(folder)
     safetensors = needed("safetensors.torch")
+    if model.config.n_latent:
+        raise UserError(f"--export {folder}: no other tool steers a model by a latent")
     config = their_config(model.config, tokenizer)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ tokens: no prefix runs twice and no position is padded. Attention alone looks at
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ class ModelConfig:
     qkv_bias: bool = False  # as in Qwen2
     head_size: int = 0  # channels of a head; 0: n_embd / n_head
     tied: bool = True  # the embedding is the output head too
+    n_latent: int = 0  # channels of the latent that steers every block; 0: there is none
 
     def __post_init__(self):
         if not self.head_size:
@@ -57,6 +58,7 @@ class Trees:
     """
 
     tokens: torch.Tensor  # (T,) every tree's trunk, then its branches
+    tree: torch.Tensor  # (T,) which tree a token is of
     positions: torch.Tensor  # (T,) distance from the root; a branch goes on from its trunk
     groups: list  # of Group: all spans
     places: torch.Tensor  # (T,) a token's place in the outputs of all groups, one after the other
@@ -65,6 +67,7 @@ class Trees:
     answer: torch.Tensor  # (A,) which answer, counted over the whole batch, it belongs to
     n_answers: int
     paths: torch.Tensor | None = None  # (B, longest) the tokens of each sequence to be cached
+    z: torch.Tensor | None = None  # (trees, n_latent) what steers the tree; None: nothing does
 
     def attend(self, q, k, v, cache=None):
         """Attention of q (T, H, D) over k, v (T, KV, D): (T, H * D).
@@ -107,9 +110,9 @@ def pack(trees, device="cpu"):
     A branch's last token is only ever predicted, never read, so it is not run; its first one is
     predicted by the trunk's last token, in every branch.
     """
-    tokens, positions, spans = [], [], []
+    tokens, positions, tree, spans = [], [], [], []
     predictors, targets, answer, n_answers = [], [], [], 0
-    for trunk, branches in trees:
+    for n, (trunk, branches) in enumerate(trees):
         root, size = len(tokens), len(trunk)
         tokens += trunk
         positions += range(size)
@@ -127,12 +130,13 @@ def pack(trees, device="cpu"):
                 spans.append((range(0), range(root, len(tokens))))
         if not branches:
             spans.append((range(0), range(root, len(tokens))))
+        tree += [n] * (len(tokens) - root)
     groups, places = group_spans(spans, len(tokens))
     to = lambda values: torch.tensor(values, dtype=torch.long).to(device)  # noqa: E731
     for group in groups:
         group.queries, group.keys = to(group.queries), to(group.keys)
         group.mask = None if group.mask is None else group.mask.to(device)
-    return Trees(to(tokens), to(positions), groups,
+    return Trees(*map(to, (tokens, tree, positions)), groups,
                  *map(to, (places, predictors, targets, answer)), n_answers)
 
 
@@ -291,6 +295,24 @@ class MLP(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+class FiLM(nn.Module):
+    """Scales and shifts channels as a latent says (Perez et al. 2018, arXiv:1709.07871).
+
+    It starts as the identity.
+    """
+
+    def __init__(self, n_latent, n_channels):
+        super().__init__()
+        self.scale_shift = nn.Linear(n_latent, 2 * n_channels)
+        nn.init.zeros_(self.scale_shift.weight)
+        nn.init.zeros_(self.scale_shift.bias)
+
+    def forward(self, x, z, rows):
+        """x (T, C) under the latents z (B, n_latent), of which each token has one: rows (T,)."""
+        scale, shift = self.scale_shift(z).index_select(0, rows).chunk(2, dim=-1)
+        return torch.addcmul(x + shift, x, scale.type_as(x)).type_as(x)
+
+
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -298,10 +320,62 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
+        self.film_1 = self.film_2 = None
+        if config.n_latent:
+            self.add_film(config)
+
+    def add_film(self, config):
+        self.film_1, self.film_2 = (FiLM(config.n_latent, config.n_embd) for _ in range(2))
 
     def forward(self, x, trees, cos, sin, cache=None):
-        x = x + self.attention(self.norm_1(x), trees, cos, sin, cache)
-        return x + self.mlp(self.norm_2(x))
+        a = self.norm_1(x)
+        if trees.z is not None:
+            a = self.film_1(a, trees.z, trees.tree)
+        x = x + self.attention(a, trees, cos, sin, cache)
+        a = self.norm_2(x)
+        if trees.z is not None:
+            a = self.film_2(a, trees.z, trees.tree)
+        return x + self.mlp(a)
+
+
+class Encoder(nn.Module):
+    """A user's choices to the latent z: the posterior of a Gaussian whose prior is N(0, 1).
+
+    Each pair is an observation of z with a precision, both of which a network reads off it. So
+    their order does not matter, a pair that tells nothing weighs nothing, and no pairs give z = 0.
+    """
+
+    def __init__(self, n_features, n_latent, n_hidden=128):
+        super().__init__()
+        self.center = nn.Parameter(torch.zeros(n_features))
+        self.scale = nn.Parameter(torch.ones(n_features))
+        self.layers = nn.Sequential(
+            nn.Linear(2 * n_features, n_hidden), nn.SiLU(),
+            nn.Linear(n_hidden, n_hidden), nn.SiLU(),
+            nn.Linear(n_hidden, 2 * n_latent),
+        )  # fmt: skip
+
+    def forward(self, pairs, present):
+        """Mean and variance of z, (B, n_latent) each.
+
+        pairs: (B, N, 2, F) features of the answer chosen and the one passed over; present: (B, N),
+        0 where a user has fewer than N.
+        """
+        chosen, rejected = self.normalize(pairs).unbind(-2)
+        x = torch.cat((chosen - rejected, chosen + rejected), dim=-1)
+        observed, precision = self.layers(x).float().chunk(2, dim=-1)
+        precision = F.softplus(precision) * present[..., None]
+        total = 1 + precision.sum(1)
+        return (precision * observed).sum(1) / total, 1 / total
+
+    def normalize(self, features):
+        return (features - self.center) * self.scale
+
+    @torch.no_grad()
+    def standardize(self, features):
+        """Before training: make the normalised features (rows, F) have mean 0 and deviation 1."""
+        self.center.copy_(features.mean(0))
+        self.scale.copy_(1 / features.std(0).clamp(min=1e-6))
 
 
 class Transformer(nn.Module):
@@ -319,6 +393,8 @@ class Transformer(nn.Module):
         if not config.tied:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.packed_head = None
+        self.encoder = Encoder(2 * config.n_embd, config.n_latent) if config.n_latent else None
+        self.features = None  # with an encoder: how it sees answers, a few_shot.Features
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     @property
@@ -383,8 +459,19 @@ def adapt(model, rank, seed=0):
                 module.add_adapter(rank, generator)
 
 
+def add_latent(model, n_latent, seed=0):
+    """Give a model an encoder of choices, and FiLM in every block; it starts as what it was."""
+    model.config = replace(model.config, n_latent=n_latent)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.encoder = Encoder(2 * model.config.n_embd, n_latent)
+    for block in model.blocks:
+        block.add_film(model.config)
+    model.to(model.embedding.weight.device)
+
+
 class AdaptersOff:
-    """A model as it was before its adapters; it shares the weights."""
+    """A model as it was before its adapters and its latent; it shares the weights."""
 
     def __init__(self, model):
         self.model = model
@@ -397,7 +484,7 @@ class AdaptersOff:
         for module in linears:
             module.adapted = False
         try:
-            return self.model(trees, cache)
+            return self.model(replace(trees, z=None), cache)
         finally:
             for module in linears:
                 module.adapted = True
@@ -553,9 +640,10 @@ class Step:
 
     tokens: torch.Tensor  # (B,)
     positions: torch.Tensor  # (B,)
-    rows: torch.Tensor  # (B,) 0, 1, ...
+    tree: torch.Tensor  # (B,) 0, 1, ...: each sequence is a tree
     n_keys: int  # those of the longest sequence, the new token among them
     mask: torch.Tensor | None  # (B, 1, 1, n_keys) bool; None: all sequences are equally long
+    z: torch.Tensor | None  # (B, n_latent) what steers each sequence
 
     def attend(self, q, k, v, cache):
         """Attention of q (B, H, D) over a layer's cache (2, B, KV, size, D): (B, H * D).
@@ -566,8 +654,8 @@ class Step:
         if self.mask is None:
             cache[0, :, :, self.n_keys - 1], cache[1, :, :, self.n_keys - 1] = k, v
         else:
-            cache[0][self.rows, :, self.positions] = k.to(cache.dtype)
-            cache[1][self.rows, :, self.positions] = v.to(cache.dtype)
+            cache[0][self.tree, :, self.positions] = k.to(cache.dtype)
+            cache[1][self.tree, :, self.positions] = v.to(cache.dtype)
         keys, values = cache[:, :, :, : self.n_keys]
         q = q.unflatten(1, (k.shape[1], -1)).to(cache.dtype)  # (B, KV, H / KV, D)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask)
@@ -591,11 +679,11 @@ def next_token(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 
 
 @torch.no_grad()
-def generate(model, prompts, end_token, max_new_tokens, generator=None, **sampling):
+def generate(model, prompts, end_token, max_new_tokens, generator=None, z=None, **sampling):
     """Answers to prompts (lists of tokens of any lengths): lists of tokens, without the end token.
 
-    An answer stops at `end_token`, at `max_new_tokens` or at the model's block size; `sampling` is
-    passed to `next_token`. Finished sequences leave the batch.
+    An answer stops at `end_token`, at `max_new_tokens` or at the model's block size. z (prompts,
+    n_latent) steers each; `sampling` is passed to `next_token`. Finished sequences leave the batch.
     """
     config, device = model.config, model.embedding.weight.device
     dtype = matmul_dtype(device)
@@ -605,7 +693,8 @@ def generate(model, prompts, end_token, max_new_tokens, generator=None, **sampli
     if not alive:
         return answers
 
-    trees, last = pack_prompts([prompts[i] for i in alive], device)
+    z = None if z is None else z[alive]
+    trees, last = pack_prompts([prompts[i] for i in alive], z, device)
     lengths = torch.tensor([len(prompts[i]) for i in alive], device=device)
     size = max(len(prompts[i]) + room[i] for i in alive)
     shape = (2, len(alive), config.n_kv_head, size, config.head_size)
@@ -624,24 +713,32 @@ def generate(model, prompts, end_token, max_new_tokens, generator=None, **sampli
         if len(going) < len(alive):
             alive = [alive[j] for j in going]
             chosen, lengths, cache = chosen[going], lengths[going], cache[:, :, going]
+            z = None if z is None else z[going]
         sizes = [len(prompts[i]) + len(answers[i]) for i in alive]
         mask = None
         if min(sizes) < max(sizes):
             mask = (torch.arange(max(sizes), device=device) <= lengths[:, None])[:, None, None]
         rows = torch.arange(len(alive), device=device)
-        outputs = model(Step(chosen, lengths, rows, max(sizes), mask), cache)
+        outputs = model(Step(chosen, lengths, rows, max(sizes), mask, z), cache)
         lengths = lengths + 1
 
 
-def pack_prompts(prompts, device):
-    """(trees, (B,) the last token of each prompt): one tree, whose trunk is what all begin with."""
+def pack_prompts(prompts, z, device):
+    """(trees, (B,) the last token of each prompt): one tree, whose trunk is what all begin with.
+
+    Where each is steered by another z there is a tree for each.
+    """
     shortest, first = min(map(len, prompts)) - 1, prompts[0]
     differ = (n for n in range(shortest) if any(prompt[n] != first[n] for prompt in prompts))
     shared = next(differ, shortest)  # each prompt keeps a last token of its own
-    paths, end = [], shared
+    if z is not None and not (z == z[0]).all():
+        shared = 0
+        trees = pack([(prompt, []) for prompt in prompts], device)
+    else:
+        trees = pack([(first[:shared], [[*prompt[shared:], 0] for prompt in prompts])], device)
+    trees.z, paths, end = z, [], shared
     for prompt in prompts:
         start, end = end, end + len(prompt) - shared
         paths.append([*range(shared), *range(start, end)])
-    trees = pack([(first[:shared], [[*prompt[shared:], 0] for prompt in prompts])], device)
     trees.paths = torch.tensor(pad(paths), device=device)
     return trees, torch.tensor([path[-1] for path in paths], device=device)

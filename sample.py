@@ -5,17 +5,18 @@
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import common
 import data
+import few_shot
 import hf_model
 from common import PRECISIONS, UserError
 from hf_tokenizer import HfTokenizer
-from model import ModelConfig, adapt, for_inference, from_weights, generate
+from model import ModelConfig, adapt, add_latent, for_inference, from_weights, generate
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,20 @@ def load_run(folder, device, dtype):
     config = common.load_json(folder / "config.json")
     tensors = common.load_tensors(weights)
     try:
+        sizes = ModelConfig(**config["model"])
         if weights.name == "model.pt":
-            sizes = ModelConfig(**config["model"])
-            return from_weights(sizes, tensors.items(), device, dtype), tokenizer, config
-        model, _, _ = load_checkpoint(reference_folder(folder, config), device, dtype)
-        if asdict(model.config) != config["model"]:
-            raise ValueError("the starting model's config.json has changed")
-        adapt(model, config["options"]["lora_rank"])
-        common.load_trained(model, tensors)
+            model = from_weights(sizes, tensors.items(), device, dtype)
+        else:
+            model, _, _ = load_checkpoint(reference_folder(folder, config), device, dtype)
+            adapt(model, config["options"]["lora_rank"])
+            if sizes.n_latent:
+                add_latent(model, sizes.n_latent)
+            if model.config != sizes:
+                raise ValueError("the starting model's config.json has changed")
+            common.load_trained(model, tensors)
+        if sizes.n_latent:
+            base, _, _ = load_checkpoint(reference_folder(folder, config), device, dtype)
+            model.features = few_shot.Features(for_inference(base), tokenizer)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError,
             RuntimeError) as error:  # fmt: skip
         reason = common.first_line(error)
@@ -93,6 +100,8 @@ def load_tokenizer(folder):
         return HfTokenizer.load(folder), hf_model.read_config(path).block_size
     config = common.load_json(path)
     about = config.get("tokenizer")
+    if config.get("stage") == "np-btl":
+        raise UserError(f"{folder}: is a reward model, which judges answers and writes none")
     theirs = isinstance(about, dict) and about.get("kind") == "huggingface"
     try:
         block_size = int(config["model"]["block_size"])
@@ -136,9 +145,13 @@ def reference_folder(folder, config):
 
 def answer(model, tokenizer, records, max_new_tokens=200, generator=None, **sampling):
     """Answers (texts) to records, each under its own meta-prompt, generated as one batch."""
-    room = model.config.block_size
+    room, z = model.config.block_size, None
+    if model.encoder is not None:
+        with torch.no_grad():
+            z = few_shot.latents(model, records)
+        records = [few_shot.without_examples(record) for record in records]
     prompts = [e.trunk for e in data.encode_all(records, tokenizer, room, "prompts")]
-    found = generate(model, prompts, tokenizer.end, max_new_tokens, generator, **sampling)
+    found = generate(model, prompts, tokenizer.end, max_new_tokens, generator, z, **sampling)
     return [tokenizer.decode(tokens) for tokens in found]
 
 

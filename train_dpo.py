@@ -18,10 +18,20 @@ import common
 import data
 import distributed
 import evaluate
+import few_shot
 import train_sft
 import world
 from common import UserError
-from model import AdaptersOff, adapt, answer_logps, for_inference, from_weights, pack
+from few_shot import Features
+from model import (
+    AdaptersOff,
+    adapt,
+    add_latent,
+    answer_logps,
+    for_inference,
+    from_weights,
+    pack,
+)
 from sample import load_checkpoint, print_side_by_side, start_of
 
 
@@ -29,8 +39,10 @@ from sample import load_checkpoint, print_side_by_side, start_of
 class Options:
     """Direct preference optimisation, conditioned on system message, preference and examples."""
 
-    pref_data: str = "world"  # world, or preference files, separated by commas
+    pref_data: str = "world"  # world, users, told, or preference files, separated by commas
     eval_data: str = ""  # held-out preference files; the world brings its own
+    context: int = 0  # few-shot: show up to this many other choices of a row's user
+    latent: int = 0  # channels of a latent that carries them (NP-DPO); 0: they are text
     init_from: str = ""  # finished run, Hugging Face folder or org/name; default: an SFT run
     out_dir: str = ""  # folder of this run; default for the world: out/dpo
     overwrite: bool = False  # replace a run that is there
@@ -66,10 +78,10 @@ class Options:
         )  # fmt: skip
         common.at_least(
             self, 0, "sft_weight", "epochs", "max_steps", "learning_rate", "warmup_steps",
-            "weight_decay", "clip", "seed", "lora_rank", "block_size",
+            "weight_decay", "clip", "seed", "lora_rank", "block_size", "context", "latent",
         )  # fmt: skip
-        if self.fsdp and self.lora_rank:
-            raise UserError("--fsdp trains the whole model: leave out --lora_rank")
+        if self.fsdp and (self.lora_rank or self.latent):
+            raise UserError("--fsdp trains the whole model: leave out --lora_rank and --latent")
         if not 0 < self.beta < math.inf:
             raise UserError(f"--beta must be above 0, not {self.beta}")
         if not 0 <= self.label_smoothing <= 0.5:
@@ -114,19 +126,22 @@ def check_first_step(losses, margins, lengths, beta, precision):
 class Watch:
     """A fixed part of each evaluation set, scored again and again while the policy trains."""
 
-    def __init__(self, datasets, n_pairs, reference, tokenizer, block_size, micro_tokens):
-        self.micro_tokens, self.sets = micro_tokens, []
+    def __init__(self, datasets, n_pairs, reference, tokenizer, block_size, micro_tokens, latent):
+        self.micro_tokens, self.latent, self.sets = micro_tokens, latent, []
         for name, records in datasets:
             records = records[:n_pairs]
-            shown, alone = evaluate.encode_both(records, tokenizer, block_size, name)
+            read = [few_shot.without_examples(r) for r in records] if latent else records
+            shown, alone = evaluate.encode_both(read, tokenizer, block_size, name)
             alone = evaluate.pair_logps_once(reference, alone, micro_tokens)
             self.sets.append((name, records, shown, alone, evaluate.find_flips(records)))
 
+    @torch.no_grad()
     def look(self, policy):
         """Accuracy and flip accuracy by dataset, accuracy by axis on rows that differ in one."""
         result, axes = {}, {}
         for name, records, shown, alone, flips in self.sets:
-            logps = evaluate.pair_logps(policy, shown, self.micro_tokens)
+            z = few_shot.latents(policy, records) if self.latent else None
+            logps = evaluate.pair_logps(policy, shown, self.micro_tokens, z=z)
             found = evaluate.steerability(logps, alone, logps, alone, flips)
             result[name] = {metric: float(found[metric][1].mean())
                             for metric in ("accuracy", "flip_accuracy") if metric in found}
@@ -146,11 +161,12 @@ def first_stage(options, folder):
 
     On other data than the world it learns the chosen answers.
     """
-    in_world = options.pref_data == "world"
+    in_world = options.pref_data in world.DATA
     if not common.finished(folder):
         print(f"stage one: SFT, because {folder} holds no finished run")
         train_sft.main(train_sft.Options(
-            data=options.pref_data, tokenizer="world" if in_world else "gpt2",
+            data="world" if in_world else options.pref_data,
+            tokenizer="world" if in_world else "gpt2",
             out_dir=str(folder), resume=(folder / "config.json").exists(),
             device=options.device, precision=options.precision,
         ))  # fmt: skip
@@ -158,8 +174,8 @@ def first_stage(options, folder):
 
 def main(options):
     # 1. Options and seed.
-    in_world = options.pref_data == "world"
-    if not in_world and not options.out_dir:
+    in_world = options.pref_data in world.DATA
+    if options.pref_data != "world" and not options.out_dir:
         raise UserError("--out_dir is required on other data than the world")
     folder = Path(options.out_dir or "out/dpo")
     device = common.pick_device(options.device)
@@ -176,6 +192,8 @@ def main(options):
     frozen = common.PRECISIONS[precision]
     lora = options.lora_rank > 0
     policy, tokenizer, _ = load_checkpoint(init_from, device, frozen if lora else torch.float32)
+    if policy.encoder is not None:
+        raise UserError(f"--init_from {init_from}: has a latent; take the model it started from")
     adapt(policy, options.lora_rank, options.seed)
     if lora:
         reference = AdaptersOff(policy)
@@ -183,6 +201,9 @@ def main(options):
         weights = policy.named_parameters()
         reference = from_weights(policy.config, weights, device, frozen).eval()
         reference = for_inference(reference)
+    if options.latent:
+        add_latent(policy, options.latent, options.seed)
+        policy.features = Features(reference, tokenizer, options.micro_tokens)
     policy.train()
     policy.checkpointing = options.activation_checkpointing
     spread = distributed.spread(policy, options.fsdp)
@@ -190,22 +211,31 @@ def main(options):
 
     # 3. Data.
     if in_world:
-        records = world.training_pairs()
+        records = world.DATA[options.pref_data][0]()
     else:
         datasets = data.read_preferences(options.pref_data)
         records = [record for _, rows in datasets for record in rows]
-    eval_data = options.eval_data or ("world" if in_world else "")
+    eval_data = options.eval_data or (options.pref_data if in_world else "")
     held_out = evaluate.load_preferences(eval_data) if eval_data else []
     if options.blank_meta_prompt:
         records = [data.without_meta_prompt(record) for record in records]
-    examples = data.encode_all(records, tokenizer, block_size, options.pref_data)
-    e = options.label_smoothing
-    label_probs = torch.tensor([r.get("label_prob", 1.0) for r in records])
-    label_probs = (1 - e) * label_probs + e * (1 - label_probs)
     order = common.DataOrder(
         evaluate.flip_groups(records),
         options.batch_size, options.epochs, options.max_steps, options.seed,
     )  # fmt: skip
+    if options.context:  # drawn anew each time that a row is taken
+        records = few_shot.with_random_contexts(
+            records, order.rows, options.context, options.seed
+        )
+        order.rows = list(range(len(records)))
+        held_out = evaluate.add_contexts(held_out, [options.context])
+    examples = data.encode_all(
+        [few_shot.without_examples(r) for r in records] if options.latent else records,
+        tokenizer, block_size, options.pref_data,
+    )  # fmt: skip
+    e = options.label_smoothing
+    label_probs = torch.tensor([r.get("label_prob", 1.0) for r in records])
+    label_probs = (1 - e) * label_probs + e * (1 - label_probs)
 
     # 4. Optimizer, and the folder of the run.
     optimizer = common.adamw(policy, options.learning_rate, options.weight_decay)
@@ -229,9 +259,14 @@ def main(options):
             options.micro_tokens, "reference",
         )  # fmt: skip
         watch = Watch(
-            held_out, options.eval_pairs, reference, tokenizer, block_size, options.micro_tokens
-        )
-    if not held_out:
+            held_out, options.eval_pairs, reference, tokenizer, block_size, options.micro_tokens,
+            options.latent > 0,
+        )  # fmt: skip
+        if options.latent:
+            policy.features([choice for i in rows for choice in records[i].get("examples", ())])
+            if not first_step:
+                policy.encoder.standardize(policy.features.table)
+    if not held_out and not options.latent:
         del reference  # nothing asks it again
 
     # 6. Loop; the last round only evaluates and saves.
@@ -258,9 +293,11 @@ def main(options):
         for n, (micro, weight) in enumerate(shares, 1):
             distributed.sync_gradients(spread, n == len(shares))
             trees = pack([batch[i].tree for i in micro], device)
-            with common.autocast(device, precision):
-                logps = answer_logps(spread, trees).view(-1, 2)  # (pairs, chosen and rejected)
             of = [rows[i] for i in micro]
+            with common.autocast(device, precision):
+                if options.latent:
+                    trees.z = few_shot.latents(policy, [records[i] for i in of])
+                logps = answer_logps(spread, trees).view(-1, 2)  # (pairs, chosen and rejected)
             reference_now = reference_all[of].to(device)
             label_prob = label_probs[of].to(device)
             losses, chosen_rewards, rejected_rewards = dpo_loss(
@@ -309,7 +346,7 @@ def main(options):
             )  # fmt: skip
             evaluate.print_comparison(results)
             evaluate.save_report(folder, results["after"], init_from, precision)
-            if in_world:
+            if options.pref_data == "world":
                 side_by_side(policy, tokenizer)
 
 

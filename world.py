@@ -8,13 +8,15 @@ the evaluation splits never occur in training, in any of their wordings.
 import itertools
 import re
 from collections import Counter, defaultdict
-from functools import cache
+from functools import cache, partial
 from random import Random
 
 import regex  # comes with tiktoken
 
 SEED = 20241021
 TRAIN_ROWS, SFT_ROWS, EVAL_ROWS = 8000, 9000, 200  # EVAL_ROWS for each split
+# Of users who state nothing. Each two opposite combinations of values are one couple to evaluate.
+TRAIN_COUPLES, TRAIN_PAIRS, EVAL_COUPLES = 800, 2000, 16
 FOLLOW_SHARE = 0.1  # in this share of the SFT rows a stated axis follows the meta-prompt on purpose
 META_PROMPT_SHARE = 0.2  # how many SFT rows have a meta-prompt at all
 
@@ -535,6 +537,44 @@ def evaluation_pairs(split):
         several = split == "several_systems"
         rows += several_systems(rng, True) if several else flip(rng, split, True)
     return rows[:EVAL_ROWS]
+
+
+def user_pairs(evaluation=False, told=False):
+    """Choices of users who never say what they want: a value on each axis, 20 pairs each.
+
+    The answers of a pair differ on one axis, so each choice tells one value and n choices leave an
+    axis unknown with probability 0.8^n. Users come in couples that want the opposite of each other
+    and choose between the same answers, so all rows flip; in training many couples share a pair.
+    Evaluation has other questions. `told` states all five values.
+    """
+    rng, rows, pool = Random(f"{SEED} users {evaluation}"), [], []
+    for _ in range(EVAL_COUPLES * 20 if evaluation else TRAIN_PAIRS):
+        content, axis = draw_content(rng, evaluation), rng.choice(list(AXES))
+        style = {other: rng.choice(values) for other, values in AXES.items()}
+        texts = {value: write_answer(content, style | {axis: value}) for value in AXES[axis]}
+        pool.append((content["question"], axis, texts))
+    wanted = [values for values in itertools.product(*AXES.values()) if values[0] == "brief"]
+    for n in range(EVAL_COUPLES if evaluation else TRAIN_COUPLES):
+        one = dict(zip(AXES, wanted[n % len(wanted)], strict=True))
+        other = {axis: OPPOSITE[value] for axis, value in one.items()}
+        pairs = pool[20 * n : 20 * n + 20] if evaluation else rng.sample(pool, 20)
+        for question, axis, texts in pairs:
+            for i, values in enumerate((one, other)):
+                stated = rng.sample(list(values.values()), len(values))
+                rows.append({"preference": state(rng, stated)} if told else {})
+                rows[-1] |= {"prompt": question, "chosen": texts[values[axis]],
+                             "rejected": texts[OPPOSITE[values[axis]]], "user": 2 * n + i,
+                             "meta": {"split": "users", "preference_name": values[axis],
+                                      "values": values, "differ": [axis]}}
+    return rows
+
+
+# Data of the world by the name that scripts know it by: what trains, {name: what evaluates}.
+DATA = {
+    "world": (training_pairs, {split: partial(evaluation_pairs, split) for split in SPLITS}),
+    "users": (user_pairs, {"users": partial(user_pairs, True)}),
+    "told": (partial(user_pairs, told=True), {"told": partial(user_pairs, True, told=True)}),
+}
 
 
 def sft_rows():

@@ -1,0 +1,179 @@
+"""Few-shot steering: the preference is not stated but inferred from a few of the user's choices.
+
+Two mechanisms read a record's `examples`: as text in the meta-prompt, or as a latent z that an
+encoder makes of them and that steers every block of the model through FiLM (NP-DPO), or every layer
+of a reward model (NP-BTL). Both are neural processes: Kobalczyk et al. 2024, arXiv:2412.13998.
+"""
+
+import random
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+from common import UserError
+from model import Encoder, FiLM, pack
+
+# ---------------------------------------------------------------- whose choices are the context
+
+
+def choice(record):
+    """A record as one of its user's earlier choices, an entry of `examples`."""
+    prompt = record["prompt"]
+    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return {"prompt": prompt, "chosen": record["chosen"], "rejected": record["rejected"]}
+
+
+class Contexts:
+    """For each record the choices that its user made elsewhere: never on the same pair."""
+
+    def __init__(self, records, source=None):
+        """`source` are the records to take choices from; default: the records themselves.
+
+        Raises UserError for a record that names no user.
+        """
+        self.choices, by_user = [], defaultdict(list)
+        for record in source or records:
+            by_user[self.user(record)].append(len(self.choices))
+            self.choices.append(choice(record))
+        self.pools = []
+        pairs = [self.pair(found) for found in self.choices]
+        for record in records:
+            own = self.pair(choice(record))
+            found = by_user.get(self.user(record), ())
+            self.pools.append([i for i in found if pairs[i] != own])
+
+    @staticmethod
+    def user(record):
+        if "user" not in record:
+            raise UserError(f"{record.get('where', 'a record')}: field 'user': missing; the "
+                            "context of a choice is what else its user chose")
+        return record["user"]
+
+    @staticmethod
+    def pair(found):
+        return found["prompt"], *sorted((found["chosen"], found["rejected"]))
+
+    def draw(self, row, n, rng):
+        """n of the choices of the user of a row, or all where there are fewer.
+
+        With equal random states fewer are the beginning of more.
+        """
+        pool = list(self.pools[row])
+        rng.shuffle(pool)
+        return [self.choices[i] for i in pool[:n]]
+
+
+def with_context(records, n, source=None, seed=0):
+    """The records with n choices of their users as `examples`, drawn once."""
+    contexts = Contexts(records, source)
+    few = sum(len(pool) < n for pool in contexts.pools)
+    if few:
+        print(f"{few} of {len(records)} rows have fewer than {n} choices in their context")
+    return [record | {"examples": contexts.draw(i, n, random.Random(f"{seed} {i}"))}
+            for i, record in enumerate(records)]
+
+
+def with_random_contexts(records, rows, most, seed):
+    """The records at `rows`, each time with 0 to `most` other choices of its user as `examples`."""
+    contexts, rng = Contexts(records), random.Random(seed)
+    return [records[i] | {"examples": contexts.draw(i, rng.randint(0, most), rng)} for i in rows]
+
+
+def without_examples(record):
+    return {k: v for k, v in record.items() if k != "examples"}
+
+
+# ---------------------------------------------------------------- choices as numbers
+
+
+@torch.no_grad()
+def answer_features(model, trees):
+    """Of each answer the mean and the last of the model's outputs on it: (n_answers, 2 C) float32.
+
+    They are outputs of the predictors, from the trunk's last token to the answer's.
+    """
+    outputs = model(trees).index_select(0, trees.predictors).float()  # (A, C)
+    count = trees.answer.bincount(minlength=trees.n_answers)
+    mean = outputs.new_zeros(trees.n_answers, outputs.shape[1]).index_add(0, trees.answer, outputs)
+    last = outputs.index_select(0, count.cumsum(0) - 1)
+    return torch.cat((mean / count[:, None], last), dim=1)
+
+
+class Features:
+    """Answers as the frozen starting model sees them, each computed once and kept."""
+
+    def __init__(self, model, tokenizer, micro_tokens=4096):
+        self.model, self.tokenizer, self.micro_tokens = model, tokenizer, micro_tokens
+        device = model.embedding.weight.device
+        self.places = {}  # {(prompt, answer): row of the table}
+        self.table = torch.empty(0, 2 * model.config.n_embd, device=device)
+
+    def __call__(self, choices):
+        """(len(choices), 2, F): of the answer chosen and of the one passed over."""
+        keys = [(found["prompt"], found[side])
+                for found in choices for side in ("chosen", "rejected")]
+        new = list(dict.fromkeys(key for key in keys if key not in self.places))
+        if new:
+            self.add(new)
+        return self.table[[self.places[key] for key in keys]].unflatten(0, (-1, 2))
+
+    def add(self, keys):
+        examples = [data.encode({"prompt": prompt, "response": answer, "where": "a choice"},
+                                self.tokenizer, self.model.config.block_size)
+                    for prompt, answer in keys]
+        found = self.table.new_empty(len(keys), self.table.shape[1])
+        for rows in data.micro_batches(examples, self.micro_tokens):
+            trees = pack([examples[i].tree for i in rows], self.table.device)
+            found[rows] = answer_features(self.model, trees)
+        self.places |= {key: len(self.places) + i for i, key in enumerate(keys)}
+        self.table = torch.cat((self.table, found))
+
+
+def context_tensors(features, contexts):
+    """pairs (B, N, 2, F) and present (B, N) of B lists of at most N choices, as `Encoder` likes."""
+    longest = max(1, *map(len, contexts))
+    sizes = torch.tensor([len(context) for context in contexts])
+    present = torch.arange(longest) < sizes[:, None]
+    found = features([found for context in contexts for found in context])
+    pairs = found.new_zeros(len(contexts), longest, *found.shape[1:])
+    pairs[present] = found
+    return pairs, present.to(found)
+
+
+def latents(model, records, features=None):
+    """z of records, from their `examples`: (B, n_latent).
+
+    features: how the encoder sees an answer, a `Features`; default: the model's own.
+    """
+    contexts = [record.get("examples", []) for record in records]
+    return model.encoder(*context_tensors(features or model.features, contexts))[0]
+
+
+# ---------------------------------------------------------------- NP-BTL
+
+
+class RewardModel(nn.Module):
+    """An answer's reward to a user: a multilayer perceptron of its features, FiLM in each layer.
+
+    Two answers compare as in Bradley and Terry's model: p(a is chosen) = sigmoid(r(a) - r(b)).
+    """
+
+    def __init__(self, n_features, n_latent=8, n_hidden=64, n_layer=3):
+        super().__init__()
+        sizes = [n_features, *[n_hidden] * n_layer]
+        self.encoder = Encoder(n_features, n_latent, n_hidden)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.films = nn.ModuleList(FiLM(n_latent, n_hidden) for _ in range(n_layer))
+        self.out = nn.Linear(n_hidden, 1)
+
+    def forward(self, features, z):
+        """Rewards (B, ...) of answers with features (B, ..., F), each row under its z (B, Z)."""
+        shape = features.shape[:-1]
+        x = self.encoder.normalize(features).flatten(0, -2)
+        rows = torch.arange(len(z), device=z.device).repeat_interleave(len(x) // len(z))
+        for layer, film in zip(self.layers, self.films, strict=True):
+            x = F.silu(film(layer(x), z, rows))
+        return self.out(x).view(shape)

@@ -1,0 +1,183 @@
+"""Real people: which of two statements about oneself would this person rather say?
+
+    python people.py --data $DATA/people     # writes out/people/*.jsonl, prints simple baselines
+
+Training has the choices of some people between statements of group a; tested are others, on
+statements of group b that no training row has, with their choices from group a or b as context.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import common
+import data
+import few_shot
+from common import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write the training and evaluation files; print what a person's traits predict."""
+
+    data: str = ""  # folder with choices_train.jsonl, answers_train.jsonl, statements.jsonl
+    out_dir: str = "out/people"  # folder of the files
+    held_out: int = 50  # people to evaluate on
+    seed: int = 0  # of who is held out
+
+    def __post_init__(self):
+        common.at_least(self, 1, "held_out")
+
+
+SIZES = (0, 1, 3, 5, 10, 20)  # choices known
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # candidates for the regression's regularisation
+
+
+def read_lines(path, *fields):
+    rows = []
+    for line, row in data.read_lines(path):
+        for field in fields:
+            if field not in row:
+                raise UserError(f"{line}: field '{field}': missing")
+        rows.append(row)
+    return rows
+
+
+def split(records, held_out, seed):
+    """{file name: records}: the people of `val-*` are in no other file."""
+    people = sorted({few_shot.Contexts.user(record) for record in records})
+    if len(people) <= held_out:
+        raise UserError(f"--held_out {held_out}: there are {len(people)} people")
+    random.Random(seed).shuffle(people)
+    unseen = set(people[:held_out])
+    files = {"train": [], "val-a": [], "val-b": []}
+    for record in records:
+        group = record.get("meta", {}).get("group")
+        if group not in ("a", "b"):
+            raise UserError(f"{record['where']}: field 'meta.group': must be a or b")
+        if record["user"] in unseen:
+            files[f"val-{group}"].append(record)
+        elif group == "a":
+            files["train"].append(record)
+    return files
+
+
+# ---------------------------------------------------------------- per-person logistic regression
+
+
+def trait_features(statements, answers):
+    """{statement: (traits + facets,) 1 or -1 at its own}, the sign from how people answer it.
+
+    answers: (people, statements), agreement 1 to 5, NaN where missing. A statement's sign is that
+    of its loading on the first principal component of its trait.
+    """
+    traits = sorted({row["trait"] for row in statements})
+    facets = sorted({row["facet"] for row in statements})
+    spread = answers - np.nanmean(answers, axis=0)
+    spread = np.nan_to_num(spread / np.nanstd(answers, axis=0))
+    table = {}
+    for trait in traits:
+        own = [i for i, row in enumerate(statements) if row["trait"] == trait]
+        signs = np.sign(np.linalg.svd(spread[:, own], full_matrices=False)[2][0])
+        for i, sign in zip(own, signs, strict=True):
+            of = [float(row == statements[i][kind]) for kind, rows in
+                  (("trait", traits), ("facet", facets)) for row in rows]
+            table[statements[i]["statement"]] = torch.tensor(of) * float(sign)
+    return table
+
+
+def differences(choices, table):
+    """(n, features) of the statement chosen minus those of the one passed over."""
+    rows = [table[choice["chosen"]] - table[choice["rejected"]] for choice in choices]
+    return torch.stack(rows) if rows else torch.zeros(0, len(next(iter(table.values()))))
+
+
+def fit(x, prior, ridge, steps=12):
+    """Logistic regression for each of B people at once, by Newton's method: (B, features).
+
+    x (B, n, features), rows of zeros count nothing; minimised is the sum of -log sigmoid(x w) plus
+    ridge / 2 times the squared distance of w from the prior.
+    """
+    w = prior.expand(len(x), -1).clone()
+    eye = torch.eye(x.shape[2])
+    for _ in range(steps):
+        p = torch.sigmoid(-(x @ w[..., None])[..., 0])
+        gradient = ridge * (w - prior) - (p[:, None] @ x)[:, 0]
+        curvature = ridge * eye + x.transpose(1, 2) @ (x * (p * (1 - p))[..., None])
+        w = w - torch.linalg.solve(curvature, gradient[..., None])[..., 0]
+    return w
+
+
+def accuracy(records, table, prior, ridge):
+    """Share of records that the regression on their `examples` gets right."""
+    x = torch.nn.utils.rnn.pad_sequence(
+        [differences(record["examples"], table) for record in records], batch_first=True
+    )
+    w = fit(x, prior, ridge)
+    return ((differences(records, table) * w).sum(1) > 0).float().mean().item()
+
+
+def baselines(files, train_b, statements, answers):
+    """{kind of context: {N: accuracy}} of the regression, and what was chosen on the way.
+
+    Prior and regularisation come from the people of training.
+    """
+    table = trait_features(statements, answers)
+    population = fit(differences(files["train"], table)[None], torch.zeros(1, 35), 1.0)
+    tuning = few_shot.with_context(train_b[::10], 10, files["train"])
+    ridge = max(RIDGES, key=lambda ridge: accuracy(tuning, table, population, ridge))
+    found = {"ridge": ridge}
+    for kind in ("a", "b"):
+        found[f"context from {kind}"] = {
+            n: accuracy(few_shot.with_context(files["val-b"], n, files[f"val-{kind}"]),
+                        table, population, ridge)
+            for n in SIZES
+        }
+    return found
+
+
+def popularity(records, statements, answers):
+    """Share of records in which the statement that people agree with more is chosen."""
+    names = [row["statement"] for row in statements]
+    mean = dict(zip(names, np.nanmean(answers, axis=0), strict=True))
+    return float(np.mean([mean[r["chosen"]] > mean[r["rejected"]] for r in records]))
+
+
+def main(options):
+    folder, out = Path(options.data), Path(options.out_dir)
+    if not options.data:
+        raise UserError("--data is required: a folder with choices_train.jsonl")
+    [(_, records)] = data.read_preferences(str(folder / "choices_train.jsonl"))
+    files = split(records, options.held_out, options.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        lines = [json.dumps({k: v for k, v in row.items() if k != "where"}) for row in rows]
+        (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        people = {row["user"] for row in rows}
+        print(f"{out / name}.jsonl: {len(rows)} choices of {len(people)} people")
+
+    statements = read_lines(folder / "statements.jsonl", "statement", "facet", "trait")
+    trained = {row["user"] for row in files["train"]}
+    answers = np.array([row["answers"] for row in
+                        read_lines(folder / "answers_train.jsonl", "person", "answers")
+                        if str(row["person"]) in trained], dtype=float)
+    train_b = [r for r in records if r["user"] in trained and r["meta"]["group"] == "b"]
+    found = baselines(files, train_b, statements, answers)
+    found["popularity"] = popularity(files["val-b"], statements, answers)
+    common.save_json(out / "baselines.json", found | common.provenance())
+
+    print(f"\nright choices on {out / 'val-b'}.jsonl, %, by number of choices known\n"
+          f"{'logistic regression on traits':<32}" + "".join(f"{n:>7}" for n in SIZES))
+    for kind in ("a", "b"):
+        cells = "".join(f"{100 * x:7.1f}" for x in found[f"context from {kind}"].values())
+        print(f"{'  context from ' + kind:<32}{cells}")
+    print(f"the statement that the people of training agree with more: "
+          f"{100 * found['popularity']:.1f}")
+
+
+if __name__ == "__main__":
+    common.run(main, Options)

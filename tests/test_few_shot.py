@@ -1,0 +1,479 @@
+"""Few-shot steering: contexts, the encoder, FiLM, NP-BTL, NP-DPO and choices as text."""
+
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import evaluate
+import few_shot
+import people
+import sample
+import train_btl
+import train_dpo
+import world
+from common import UserError
+from model import AdaptersOff, Encoder, add_latent, answer_logps, generate, pack
+from tiny import CONFIG, dpo, draw, draw_trees, new_model, read_log, run, same, weights
+
+LATENT = {"pref_data": "users.jsonl", "context": 4, "latent": 3}
+
+
+def user_rows(n_users=6, n_rows=7):
+    """Users who like all answers short, or all long."""
+    rows = []
+    for user in range(n_users):
+        for i in range(n_rows):
+            answers = f"No {i}.", f"Well, about {i}, I would say yes."
+            chosen, rejected = answers if user % 2 else answers[::-1]
+            rows.append({"user": user, "prompt": f"Do you like {i}?", "chosen": chosen,
+                         "rejected": rejected, "meta": {"group": "ab"[i % 2]}})
+    return rows
+
+
+@pytest.fixture
+def users(workplace, write_rows):
+    write_rows("users.jsonl", *user_rows())
+
+
+# ---------------------------------------------------------------- whose choices
+
+
+def test_a_context_is_what_the_same_user_chose_on_other_pairs():
+    rows = user_rows()
+    rows.append(rows[0] | {"chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]})
+    contexts = few_shot.Contexts(rows)
+    for i, row in enumerate(rows):
+        drawn = contexts.draw(i, 99, random.Random(0))
+        others = [r for r in rows if r["user"] == row["user"] and r["prompt"] != row["prompt"]]
+        key = lambda r: (r["prompt"], r["chosen"], r["rejected"])  # noqa: E731
+        assert sorted(map(key, drawn)) == sorted(map(key, others))
+        assert contexts.draw(i, 2, random.Random(5)) == contexts.draw(i, 5, random.Random(5))[:2]
+
+
+def test_a_context_from_another_source_has_the_same_users():
+    rows = user_rows()
+    a, b = ([r for r in rows if r["meta"]["group"] == g] for g in "ab")
+    for record in few_shot.with_context(b, 3, a):
+        asked = {choice["prompt"] for choice in record["examples"]}
+        assert len(asked) == 3 and asked <= {r["prompt"] for r in a}
+        likes_short = all(len(c["chosen"]) < len(c["rejected"]) for c in record["examples"])
+        assert likes_short == bool(record["user"] % 2)
+
+
+def test_fewer_choices_than_asked_are_told(capsys):
+    assert all(len(r["examples"]) == 6 for r in few_shot.with_context(user_rows(), 9))
+    assert "42 of 42 rows have fewer than 9 choices" in capsys.readouterr().out
+
+
+def test_random_contexts_have_every_size_and_are_drawn_anew():
+    rows = user_rows()
+    drawn = few_shot.with_random_contexts(rows, [0] * 200, 4, seed=1)
+    sizes = [len(r["examples"]) for r in drawn]
+    assert all(sizes.count(n) > 20 for n in range(5)) and max(sizes) == 4
+    assert drawn == few_shot.with_random_contexts(rows, [0] * 200, 4, seed=1)
+    assert drawn != few_shot.with_random_contexts(rows, [0] * 200, 4, seed=2)
+
+
+def test_a_row_without_a_user_is_named():
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "where": "x.jsonl:7"}
+    with pytest.raises(UserError, match=r"x.jsonl:7: field 'user': missing"):
+        few_shot.Contexts([row])
+
+
+# ---------------------------------------------------------------- encoder and FiLM
+
+
+def random_pairs(users=3, n=4, size=5, seed=0):
+    return torch.randn(users, n, 2, size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_order_of_choices_does_not_matter_and_absent_ones_are_not_seen():
+    encoder, pairs = Encoder(5, 3), random_pairs()
+    mean, variance = encoder(pairs, torch.ones(3, 4))
+    again = encoder(pairs[:, [2, 0, 3, 1]], torch.ones(3, 4))
+    assert torch.allclose(mean, again[0], atol=1e-6)
+    two = encoder(pairs[:, :2], torch.ones(3, 2))
+    padded = encoder(pairs, torch.tensor([1.0, 1, 0, 0]).expand(3, 4))
+    assert torch.allclose(two[0], padded[0], atol=1e-6) and not torch.allclose(mean, two[0])
+    nothing = encoder(pairs, torch.zeros(3, 4))
+    assert (nothing[0] == 0).all() and (nothing[1] == 1).all()  # the prior
+    assert (variance < two[1]).all() and (two[1] < 1).all()  # more choices, more certain
+
+
+def test_which_answer_was_chosen_matters():
+    encoder, pairs = Encoder(5, 3), random_pairs()
+    one, other = (encoder(p, torch.ones(3, 4))[0] for p in (pairs, pairs.flip(2)))
+    assert not torch.allclose(one, other, atol=1e-3)
+
+
+def test_standardized_features_have_mean_0_and_deviation_1():
+    encoder, x = Encoder(5, 3), random_pairs().flatten(0, 2) * 7 + 3
+    encoder.standardize(x)
+    found = encoder.normalize(x)
+    assert torch.allclose(found.mean(0), torch.zeros(5), atol=1e-5)
+    assert torch.allclose(found.std(0), torch.ones(5), atol=1e-5)
+
+
+def steered(seed=0):
+    """A model whose latent does something."""
+    model = new_model()
+    add_latent(model, 3)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for block in model.blocks:
+            for film in (block.film_1, block.film_2):
+                film.scale_shift.weight.normal_(0, 0.5, generator=generator)
+    return model
+
+
+def test_a_new_latent_changes_nothing():
+    model, trees = new_model(), pack(draw_trees(2))
+    before = answer_logps(model, trees)
+    add_latent(model, 3)
+    assert torch.equal(answer_logps(model, trees), before)
+    trees.z = torch.randn(6, 3)
+    assert torch.equal(answer_logps(model, trees), before)
+
+
+def test_a_latent_steers_its_own_tree_only():
+    """Packed with other trees under other latents a tree scores as alone."""
+    model, trees, z = steered(), draw_trees(2), torch.randn(6, 3)
+    packed = pack(trees)
+    packed.z = z
+    found = answer_logps(model, packed).view(-1, 2)
+    for i, tree in enumerate(trees):
+        alone = pack([tree])
+        alone.z = z[i : i + 1]
+        assert torch.allclose(answer_logps(model, alone), found[i], atol=1e-4)
+    packed.z = z.roll(1, 0)
+    assert (answer_logps(model, packed).view(-1, 2) - found).abs().min() > 1e-3
+    assert torch.equal(answer_logps(AdaptersOff(model), packed), answer_logps(model, pack(trees)))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_steered_generation_with_a_cache_equals_that_without(equal):
+    model, rng = steered(), random.Random(0)
+    prompts = [draw(rng, 3) + draw(rng, n) for n in (1, 5, 9, 2)]
+    z = torch.randn(4, 3)
+    z = z[:1].expand(4, 3) if equal else z
+    answers = generate(model, prompts, 0, 12, z=z)
+    for prompt, answer, mine in zip(prompts, answers, z, strict=True):
+        tokens = list(prompt)
+        for _ in range(12):
+            trees = pack([(tokens, [])])
+            trees.z = mine[None]
+            token = int(model.logits(model(trees)[-1:]).argmax())
+            if token == 0:
+                break
+            tokens.append(token)
+        assert tokens[len(prompt):] == answer
+    assert generate(model, prompts, 0, 12) != answers
+
+
+# ---------------------------------------------------------------- features
+
+
+def test_features_are_mean_and_last_of_what_the_model_says_to_an_answer():
+    model, trees = new_model(), draw_trees(2)
+    found = few_shot.answer_features(model, pack(trees)).view(-1, 2, 2 * CONFIG.n_embd)
+    for i, (trunk, answers) in enumerate(trees):
+        for j, answer in enumerate(answers):
+            outputs = model(pack([(trunk + answer[:-1], [])]))[len(trunk) - 1 :]
+            expected = torch.cat((outputs.mean(0), outputs[-1]))
+            assert torch.allclose(found[i, j], expected, atol=1e-4)
+
+
+def test_each_answer_is_read_once(tiny_run):
+    model, tokenizer, _ = sample.load_checkpoint(tiny_run, torch.device("cpu"))
+    features = few_shot.Features(model, tokenizer)
+    choices = [few_shot.choice(row) for row in user_rows()]
+    found = features(choices)
+    assert found.shape == (42, 2, 32) and len(features.table) == 14
+    assert torch.equal(features(choices[3:5]), found[3:5]) and len(features.table) == 14
+    assert torch.equal(found[0], found[7].flip(0))  # the other user chose the other answer
+
+
+# ---------------------------------------------------------------- NP-BTL
+
+
+def test_the_bound_of_the_synthetic_task_is_that_of_exact_inference():
+    """A reasoner who knows both reward functions: keep the kinds that explain all choices."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = train_btl.synthetic_pairs(40000, 4, generator)[..., 0]
+    explains = torch.stack([rewards(pairs).diff(dim=-1)[..., 0] < 0 for rewards in (
+        lambda y: torch.where(y < 0.5, y, 2 * y), lambda y: torch.where(y < 0.5, y, 1 - y))])
+    assert explains.any(0).all()
+    agree = (explains[0] == explains[1]).float()
+    assert agree.mean() == pytest.approx(0.5, abs=0.01)  # half of the pairs conflict
+    for n in (0, 1, 3):
+        possible = explains[:, :, :n].all(2).float()  # (kind, user)
+        says_so = (possible[:, :, None] * explains[:, :, n:]).sum(0) / possible.sum(0)[:, None]
+        assert says_so.mean() == pytest.approx(train_btl.synthetic_bound(n), abs=0.006)
+
+
+def test_the_reward_model_reaches_the_bound(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_options = train_btl.Options(seeds=1, steps=400, device="cpu")
+    train_btl.main(run_options)
+    found = json.loads(Path("out/btl/synthetic.json").read_text())["accuracy"]
+    for n, [value] in found.items():
+        assert value < train_btl.synthetic_bound(int(n)) + 0.01  # not by looking at the targets
+        assert value > train_btl.synthetic_bound(int(n)) - 0.03
+
+
+def test_only_targets_are_learned():
+    """The loss of a batch is the mean over pairs that are present and not in the context."""
+    torch.manual_seed(0)
+    model, pairs = few_shot.RewardModel(5, 3, 16, 2), random_pairs()
+    with torch.no_grad():
+        for film in model.films:
+            film.scale_shift.weight.normal_()
+    present = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]])
+    known = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
+    losses = []
+    for i, (context, targets) in enumerate((([0, 1], [2, 3]), ([], [0, 1, 2]), ([0], [1]))):
+        z, _ = model.encoder(pairs[i, None, context], torch.ones(1, len(context)))
+        for j in targets:
+            a, b = model(pairs[i, j][None], z)[0].tolist()
+            losses.append(math.log1p(math.exp(b - a)))
+    found = train_btl.batch_loss(model, pairs, present, known, 0.0)
+    assert found.item() == pytest.approx(sum(losses) / 6, abs=1e-5)
+
+
+def test_kl_divergence_is_that_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 4, 3, generator=generator) for _ in range(2))
+    normals = [torch.distributions.Normal(x[0], x[1].exp().sqrt()) for x in (a, b)]
+    expected = torch.distributions.kl_divergence(*normals).sum(1)
+    found = train_btl.kl_divergence(a[0], a[1].exp(), b[0], b[1].exp())
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_reward_model_of_files_is_evaluated_like_the_others(users, command):
+    run_btl = ("--pref_data", "users.jsonl", "--init_from", "tiny", "--out_dir", "out/r",
+               "--device", "cpu", "--steps", "150", "--context", "3", "--targets", "3")
+    status, _, err = command(train_btl, *run_btl)
+    assert status == 0, err
+    status, out, err = command(evaluate, "--ckpt", "out/r", "--pref_data", "users.jsonl",
+                               "--context", "0", "3")  # fmt: skip
+    assert status == 0, err
+    results = json.loads(Path("out/r/eval.json").read_text())["results"]
+    [few] = [v for k, v in results.items() if k.endswith("N=3")]
+    [none] = [v for k, v in results.items() if k.endswith("N=0")]
+    assert few["accuracy"] == few["flip_accuracy"] == 1.0
+    assert none["flip_accuracy"] == 0.0 and few["accuracy_no_preference"] == 0.5
+    for arguments, named in ((run_btl, "--overwrite"), (run_btl[:2], "--init_from")):
+        status, _, err = command(train_btl, *arguments)
+        assert status == 2 and named in err and len(err.splitlines()) == 1
+    status, _, err = command(sample, "--ckpt", "out/r", "--prompt", "Hi", "--device", "cpu")
+    assert status == 2 and "reward model" in err and len(err.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- NP-DPO and choices as text
+
+
+@pytest.mark.parametrize("how", [{}, {"lora_rank": 2}])
+def test_np_dpo_learns_resumes_and_loads(users, how):
+    """Starts at ln 2; resumed equals uninterrupted; what is saved answers as what was trained."""
+    settings = LATENT | how | {"epochs": 6.0, "learning_rate": 5e-3, "save_every": 7}
+    dpo("out/whole", **settings)
+    log = read_log("out/whole")
+    assert log[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    stop = train_dpo.common.save_checkpoint
+    calls = []
+
+    def save(*arguments):
+        stop(*arguments)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    train_dpo.common.save_checkpoint = save
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            dpo("out/cut", **settings)
+    finally:
+        train_dpo.common.save_checkpoint = stop
+    dpo("out/cut", resume=True, **settings)
+    assert same(weights("out/cut"), weights("out/whole")) and read_log("out/cut") == log
+    assert any(name.startswith("encoder.") for name in weights("out/whole"))
+
+    run(evaluate, ckpt="out/whole", pref_data="users.jsonl", context=4)
+    [found] = json.loads(Path("out/whole/eval.json").read_text())["results"].values()
+    run(evaluate, ckpt="out/whole", pref_data="users.jsonl", context=0)
+    [none] = json.loads(Path("out/whole/eval.json").read_text())["results"].values()
+    assert found["accuracy"] > 0.9 and found["flip_accuracy"] > 0.8
+    assert none["flip_accuracy"] == 0 and found["accuracy_no_preference"] == 0.5
+
+
+def test_the_starting_model_reads_the_choices(users):
+    """Not the trained one: its outputs have moved since the encoder learned to read them."""
+    dpo("out/a", **LATENT, learning_rate=5e-3, epochs=3.0)
+    model, tokenizer, _ = sample.load_checkpoint("out/a", torch.device("cpu"))
+    start, _, _ = sample.load_checkpoint("tiny", torch.device("cpu"))
+    choices = [few_shot.choice(row) for row in user_rows()[:5]]
+    expected = few_shot.Features(start, tokenizer)(choices)
+    assert torch.allclose(model.features(choices), expected, atol=1e-4)
+    moved = few_shot.Features(model, tokenizer)(choices)
+    assert (moved - expected).abs().max() > 0.01
+
+
+def test_choices_as_text_are_the_examples_tier(users, monkeypatch):
+    """Plain DPO on prompts that hold 0 to 4 other choices; the reference sees them too."""
+    seen, encode = [], data.encode
+    monkeypatch.setattr(data, "encode", lambda row, *rest: seen.append(row) or encode(row, *rest))
+    dpo("out/a", pref_data="users.jsonl", context=4, epochs=2.0)
+    sizes = [len(record["examples"]) for record in seen[:84]]
+    assert set(sizes) == {0, 1, 2, 3, 4}
+    tokens = sum(row["tokens"] for row in read_log("out/a"))
+    dpo("out/b", pref_data="users.jsonl", epochs=2.0)
+    assert tokens > 2 * sum(row["tokens"] for row in read_log("out/b"))
+    assert sample.load_checkpoint("out/a", torch.device("cpu"))[0].encoder is None
+
+
+@pytest.mark.parametrize("latent", [0, 3])
+def test_sample_reads_examples_as_the_checkpoint_was_trained(users, latent, command, write_rows):
+    dpo("out/a", pref_data="users.jsonl", context=4, latent=latent, epochs=8.0, learning_rate=5e-3)
+    rows = user_rows()
+    write_rows("short.jsonl", *rows[7:11])
+    write_rows("long.jsonl", *rows[:4])
+    answers = []
+    for name in ("short", "long"):
+        status, out, err = command(sample, "--ckpt", "out/a", "--prompt", "Do you like 9?",
+                                   "--examples", f"{name}.jsonl", "--device", "cpu",
+                                   "--precision", "fp32")  # fmt: skip
+        assert status == 0, err
+        answers.append(out)
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    ({"context": -1}, "--context"), ({"latent": -1}, "--latent"),
+    ({"latent": 2, "fsdp": True}, "--latent"),
+    ({"context": 2}, "field 'user': missing"),
+    ({"init_from": "latent"}, "has a latent"),
+])  # fmt: skip
+def test_what_cannot_be_is_named(users, options, named):
+    if options.get("init_from"):
+        dpo("latent", **LATENT)
+    with pytest.raises(UserError, match=named):
+        dpo("out/a", **options)
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["--context", "two"], "--context"), (["--context", "-1"], "--context"),
+    (["--context", "1", "--pref_data", "pairs.jsonl"], "field 'user'"),
+    (["--context", "1", "--context_data", "none.jsonl"], "none.jsonl"),
+])  # fmt: skip
+def test_evaluate_names_what_is_wrong_with_a_context(users, arguments, named, command):
+    status, _, err = command(evaluate, "--ckpt", "tiny", "--pref_data", "users.jsonl",
+                             "--device", "cpu", *arguments)  # fmt: skip
+    assert status == 2 and named in err and len(err.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- the world's users
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_users_of_the_world_choose_by_their_values(evaluation):
+    rows = world.user_pairs(evaluation)
+    values = {}
+    for row in rows[:: 1 if evaluation else 37]:
+        wanted, [axis] = row["meta"]["values"], row["meta"]["differ"]
+        assert values.setdefault(row["user"], wanted) == wanted
+        chosen, rejected = (world.read_style(row[side]) for side in ("chosen", "rejected"))
+        assert chosen[axis] == wanted[axis] != rejected[axis]
+        assert all(chosen[other] == rejected[other] for other in world.AXES if other != axis)
+        assert "preference" not in row and "system" not in row
+    assert len(evaluate.find_flips(rows)) == len(rows) // 2
+    if evaluation:
+        assert len({tuple(found.values()) for found in values.values()}) == 32
+
+
+def test_users_of_the_evaluation_ask_what_training_never_asks():
+    train, test = world.user_pairs(), world.user_pairs(True)
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+    told = world.user_pairs(True, told=True)
+    strip = lambda row: {k: v for k, v in row.items() if k != "preference"}  # noqa: E731
+    pairs = [few_shot.Contexts.pair(row) for row in test]
+    assert len(told) == len(test) and all("preference" in row for row in told)
+    assert [r["meta"]["values"] for r in told] == [r["meta"]["values"] for r in test]
+    assert len(set(pairs)) == len(pairs) / 2 and strip(told[0]).keys() == test[0].keys()
+
+
+# ---------------------------------------------------------------- real people
+
+
+def people_data(write_rows, n_people=8):
+    """People whose answers follow two traits; a statement with `not` is reversed."""
+    rng = random.Random(0)
+    statements = [{"statement": f"{trait} {i}{' not' * (i % 2)}", "trait": trait,
+                   "facet": f"{trait}{i // 10}"} for trait in "NEOAC" for i in range(60)]
+    answers, choices = [], []
+    for person in range(n_people):
+        level = {trait: rng.choice((-1, 1)) for trait in "NEOAC"}
+        given = [3 + 2 * level[s["trait"]] * (-1) ** (i % 2) for i, s in enumerate(statements)]
+        answers.append({"person": person, "answers": given})
+        for group, half in (("a", range(0, 150)), ("b", range(150, 300))):
+            for _ in range(30):
+                i, j = rng.sample(half, 2)
+                if given[i] != given[j]:
+                    i, j = (i, j) if given[i] > given[j] else (j, i)
+                    choices.append({"user": str(person), "prompt": "Which?",
+                                    "chosen": statements[i]["statement"],
+                                    "rejected": statements[j]["statement"],
+                                    "meta": {"group": group}})
+    write_rows("choices_train.jsonl", *choices)
+    write_rows("answers_train.jsonl", *answers)
+    write_rows("statements.jsonl", *statements)
+    return choices
+
+
+def test_people_who_are_held_out_are_in_no_training_file(tmp_path, write_rows, command):
+    people_data(write_rows)
+    status, _, err = command(people, "--data", tmp_path, "--held_out", "2")
+    assert status == 0, err
+    read = {name: [json.loads(line) for line in Path(f"out/people/{name}.jsonl").open()]
+            for name in ("train", "val-a", "val-b")}
+    who = {name: {row["user"] for row in rows} for name, rows in read.items()}
+    assert who["val-a"] == who["val-b"] and len(who["val-b"]) == 2 and len(who["train"]) == 6
+    assert not who["train"] & who["val-b"]
+    assert {row["meta"]["group"] for row in read["train"] + read["val-a"]} == {"a"}
+    status, _, err = command(people, "--data", tmp_path, "--held_out", "8")
+    assert status == 2 and "--held_out 8" in err
+
+
+def test_the_regression_minimises_its_objective():
+    generator = torch.Generator().manual_seed(0)
+    x, prior = torch.randn(3, 6, 4, generator=generator), torch.randn(4, generator=generator)
+    w = people.fit(x, prior, 0.5).requires_grad_()
+    losses = -torch.nn.functional.logsigmoid((x @ w[..., None])[..., 0]).sum()
+    (losses + 0.25 * (w - prior).pow(2).sum()).backward()
+    assert w.grad.abs().max() < 1e-4
+    assert torch.equal(people.fit(torch.zeros(3, 0, 4), prior, 0.5), prior.expand(3, 4))
+
+
+def test_the_sign_of_a_statement_is_found_from_answers(tmp_path, write_rows):
+    people_data(write_rows, 40)
+    statements = [json.loads(line) for line in (tmp_path / "statements.jsonl").open()]
+    rows = [json.loads(line) for line in (tmp_path / "answers_train.jsonl").open()]
+    answers = torch.tensor([row["answers"] for row in rows], dtype=torch.float64).numpy()
+    table = people.trait_features(statements, answers)
+    for trait in "NEOAC":
+        own = [s["statement"] for s in statements if s["trait"] == trait]
+        signs = [table[text][table[text] != 0][0].item() for text in own]
+        assert len(set(signs[::2])) == len(set(signs[1::2])) == 1 and signs[0] == -signs[1]
+
+
+def test_examples_of_replaced_rows_are_never_rendered_with_a_latent(byte_tokenizer):
+    row = user_rows()[0] | {"examples": [few_shot.choice(user_rows()[1])]}
+    bare = few_shot.without_examples(row)
+    assert byte_tokenizer.render(bare) != byte_tokenizer.render(row)
+    assert dataclasses.asdict(data.encode(bare, byte_tokenizer, 256))["trunk"] == \
+        byte_tokenizer.render(bare)  # fmt: skip
