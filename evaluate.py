@@ -299,12 +299,11 @@ WORLD = {name for _, evaluation in world.DATA.values() for name in evaluation}
 
 
 @torch.no_grad()
-def latent_logps(model, records, shown, alone, micro_tokens, name):
-    """`pair_logps` of a model that is steered by z, with the records' examples and without any."""
-    z = few_shot.latents(model, records)
-    nothing = few_shot.latents(model, [{}]).expand_as(z)
-    return [pair_logps(model, shown, micro_tokens, f"policy, {name}", z),
-            pair_logps(model, alone, micro_tokens, f"nothing known, {name}", nothing)]
+def steered_logps(model, records, examples, micro_tokens, progress):
+    """`pair_logps`; a model that has an encoder is steered by what it makes of the records."""
+    if model.encoder is None:
+        return pair_logps_once(model, examples, micro_tokens, progress)
+    return pair_logps(model, examples, micro_tokens, progress, few_shot.latents(model, records))
 
 
 def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens, max_new_tokens=120):
@@ -312,7 +311,7 @@ def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens, ma
 
     The reference may be one of them; `weights` is the hash of its weights.
     """
-    results = {policy: {} for policy in policies}
+    results, alone_logps = {policy: {} for policy in policies}, {}
     for name, records in datasets:
         block_size = min(model.config.block_size for model in (reference, *policies.values()))
         latent = any(model.encoder is not None for model in policies.values())
@@ -322,16 +321,17 @@ def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens, ma
             reference_logps(reference, weights, examples, micro_tokens, f"reference, {name}")
             for examples in (shown, alone)
         ]}
+        tokens = common.content_hash([[example.trunk, example.answers] for example in alone])
         for policy, model in policies.items():
             if model in logps:
                 continue
-            if latent:
-                logps[model] = latent_logps(model, records, shown, alone, micro_tokens, name)
-            else:
-                logps[model] = [
-                    pair_logps_once(model, examples, micro_tokens, f"{policy}, {name}")
-                    for examples in (shown, alone)
-                ]
+            key, progress = (policy, tokens), f"{policy}, {name}"
+            if key not in alone_logps:  # the same for every number of choices
+                alone_logps[key] = steered_logps(
+                    model, [{}] * len(records), alone, micro_tokens, f"{progress}, query alone"
+                )
+            logps[model] = [steered_logps(model, records, shown, micro_tokens, progress),
+                            alone_logps[key]]
         flips = find_flips(records)
         for policy, model in policies.items():
             found, axes = steerability(*logps[model], *logps[reference], flips), {}

@@ -27,10 +27,11 @@ class Options:
     data: str = ""  # folder with choices_train.jsonl, answers_train.jsonl, statements.jsonl
     out_dir: str = "out/people"  # folder of the files
     held_out: int = 50  # people to evaluate on
+    test_rows: int = 10  # how many choices of each of them are evaluated
     seed: int = 0  # of who is held out
 
     def __post_init__(self):
-        common.at_least(self, 1, "held_out")
+        common.at_least(self, 1, "held_out", "test_rows")
 
 
 SIZES = (0, 1, 3, 5, 10, 20)  # choices known
@@ -47,20 +48,24 @@ def read_lines(path, *fields):
     return rows
 
 
-def split(records, held_out, seed):
-    """{file name: records}: the people of `val-*` are in no other file."""
+def split(records, held_out, test_rows, seed):
+    """{file name: records}: the people of `val-*` are not in `train`, `test` is part of `val-b`."""
     people = sorted({few_shot.Contexts.user(record) for record in records})
     if len(people) <= held_out:
         raise UserError(f"--held_out {held_out}: there are {len(people)} people")
     random.Random(seed).shuffle(people)
     unseen = set(people[:held_out])
-    files = {"train": [], "val-a": [], "val-b": []}
+    files = {"train": [], "val-a": [], "val-b": [], "test": []}
+    left = dict.fromkeys(unseen, test_rows)
     for record in records:
         group = record.get("meta", {}).get("group")
         if group not in ("a", "b"):
             raise UserError(f"{record['where']}: field 'meta.group': must be a or b")
         if record["user"] in unseen:
             files[f"val-{group}"].append(record)
+            if group == "b" and left[record["user"]]:
+                files["test"].append(record)
+                left[record["user"]] -= 1
         elif group == "a":
             files["train"].append(record)
     return files
@@ -133,7 +138,7 @@ def baselines(files, train_b, statements, answers):
     found = {"ridge": ridge}
     for kind in ("a", "b"):
         found[f"context from {kind}"] = {
-            n: accuracy(few_shot.with_context(files["val-b"], n, files[f"val-{kind}"]),
+            n: accuracy(few_shot.with_context(files["test"], n, files[f"val-{kind}"]),
                         table, population, ridge)
             for n in SIZES
         }
@@ -152,7 +157,7 @@ def main(options):
     if not options.data:
         raise UserError("--data is required: a folder with choices_train.jsonl")
     [(_, records)] = data.read_preferences(str(folder / "choices_train.jsonl"))
-    files = split(records, options.held_out, options.seed)
+    files = split(records, options.held_out, options.test_rows, options.seed)
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         lines = [json.dumps({k: v for k, v in row.items() if k != "where"}) for row in rows]
@@ -167,10 +172,10 @@ def main(options):
                         if str(row["person"]) in trained], dtype=float)
     train_b = [r for r in records if r["user"] in trained and r["meta"]["group"] == "b"]
     found = baselines(files, train_b, statements, answers)
-    found["popularity"] = popularity(files["val-b"], statements, answers)
+    found["popularity"] = popularity(files["test"], statements, answers)
     common.save_json(out / "baselines.json", found | common.provenance())
 
-    print(f"\nright choices on {out / 'val-b'}.jsonl, %, by number of choices known\n"
+    print(f"\nright choices on {out / 'test'}.jsonl, %, by number of choices known\n"
           f"{'logistic regression on traits':<32}" + "".join(f"{n:>7}" for n in SIZES))
     for kind in ("a", "b"):
         cells = "".join(f"{100 * x:7.1f}" for x in found[f"context from {kind}"].values())

@@ -1,7 +1,8 @@
-"""The README's figure and results table, from the logs of runs.
+"""The README's figures and results table, from the logs and checkpoints of runs.
 
     python plot.py --run out/dpo --figure assets/listening.png
     python plot.py --prefix prefix.log --figure assets/prefix.png
+    python plot.py --latent out/np-dpo --figure assets/latent.png
     python plot.py --table SFT=out/sft DPO=out/dpo,out/dpo-1,out/dpo-2
 """
 
@@ -10,8 +11,14 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import common
+import few_shot
+import world
 from common import UserError
+from evaluate import COLUMNS
+from sample import answer, load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,14 @@ class Options:
     run: str = "out/dpo"  # folder of a DPO run
     figure: str = "assets/listening.png"  # picture to write
     prefix: str = ""  # what `bench.py prefix` printed: draw that instead
+    latent: str = ""  # folder of an NP-DPO run on the world's users: draw its latent instead
     table: tuple[str, ...] = ()  # NAME=DIR[,DIR...]: print these runs, mean and spread over DIRs
+    metrics: tuple[str, ...] = ("flip_accuracy", "generated_axes_right")  # of the table, by key
+
+    def __post_init__(self):
+        for key in self.metrics:
+            if key not in COLUMNS:
+                raise UserError(f"--metrics {key}: must be among {', '.join(COLUMNS)}")
 
 
 def read_evaluations(path):
@@ -44,15 +58,14 @@ def draw(axes, steps, curves, title, chance):
     axes.legend(fontsize=8, loc="lower right")
 
 
-def print_table(groups):
+def print_table(groups, metrics):
     """Markdown: a line for each dataset and, for each group of runs, mean (least to most)."""
-    metrics = {"flip_accuracy": "flips right", "generated_axes_right": "axes right"}
     runs = {}
     for group in groups:
         name, _, folders = group.partition("=")
         runs[name] = [common.load_json(Path(folder) / "eval.json")["results"]
                       for folder in folders.split(",")]
-    metrics = {key: title for key, title in metrics.items()
+    metrics = {key: COLUMNS[key] for key in metrics
                if any(r.get(key) is not None for rs in runs.values() for r in rs[0].values())}
     heads = [f"{name}, {metric}" for metric in metrics.values() for name in runs]
     print("| split | " + " | ".join(heads) + " |\n|---|" + "---|" * len(heads))
@@ -72,13 +85,15 @@ def print_table(groups):
 
 def main(options):
     if options.table:
-        print_table(options.table)
+        print_table(options.table, options.metrics)
         return
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError("plot.py needs matplotlib: pip install -r requirements-dev.txt") from None
-    if options.prefix:
+    if options.latent:
+        figure = draw_latent(plt, options.latent)
+    elif options.prefix:
         figure = draw_prefix(plt, Path(options.prefix))
     else:
         figure = draw_run(plt, Path(options.run) / "log.jsonl")
@@ -116,6 +131,51 @@ def draw_run(plt, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     draw(left, steps, splits, "both rows of a flip right, by split", 0.25)
     draw(right, steps, by_axis, "pairs right that differ on one axis", 0.5)
+    return figure
+
+
+def latent_points(model, records):
+    """z of each record, (n, n_latent), and its place in their first two principal components."""
+    z = few_shot.latents(model, records)
+    centered = z - z.mean(0)
+    return z, centered @ torch.linalg.svd(centered, full_matrices=False)[2][:2].T
+
+
+def continuum(model, tokenizer, records, z_from, z_to, wanted, steps=9):
+    """Along the line between two latents: {axis: share of answers that have the wanted value}."""
+    shares = {axis: [] for axis in wanted}
+    for part in torch.linspace(0, 1, steps):
+        z = torch.lerp(z_from, z_to, part).expand(len(records), -1)
+        styles = [world.read_style(text) for text in answer(model, tokenizer, records, z=z)]
+        for axis, value in wanted.items():
+            shares[axis].append(statistics.mean(style[axis] == value for style in styles))
+    return shares
+
+
+@torch.no_grad()
+def draw_latent(plt, folder):
+    """Users of the evaluation by their latents, coloured by what they want; a line between two."""
+    model, tokenizer, _ = load_checkpoint(folder, torch.device("cpu"))
+    if model.encoder is None:
+        raise UserError(f"--latent {folder}: this run has no latent")
+    records = few_shot.with_context(world.user_pairs(evaluation=True), 16)
+    z, points = latent_points(model, records)
+    figure, grid = plt.subplots(2, 3, figsize=(11, 6.4), constrained_layout=True)
+    for axes, (axis, values) in zip(grid.flat, world.AXES.items(), strict=False):
+        for value in values:
+            rows = [i for i, r in enumerate(records) if r["meta"]["values"][axis] == value]
+            axes.scatter(*points[rows].T, s=8, label=value)
+        axes.set(title=axis, xlabel="first principal component", ylabel="second")
+        axes.legend(fontsize=8)
+    of = [[i for i, record in enumerate(records) if record["user"] == user] for user in (0, 1)]
+    asked = [{"prompt": prompt} for prompt in dict.fromkeys(r["prompt"] for r in records)][:40]
+    wanted = records[of[1][0]]["meta"]["values"]
+    shares = continuum(model, tokenizer, asked, z[of[0]].mean(0), z[of[1]].mean(0), wanted)
+    for axis, found in shares.items():
+        grid.flat[-1].plot([i / 8 for i in range(9)], [100 * x for x in found], label=wanted[axis])
+    grid.flat[-1].set(title="from one user to the opposite one", xlabel="part of the way",
+                      ylabel="% of answers", ylim=(-3, 103))  # fmt: skip
+    grid.flat[-1].legend(fontsize=8)
     return figure
 
 

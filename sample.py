@@ -143,12 +143,16 @@ def reference_folder(folder, config):
     return found
 
 
-def answer(model, tokenizer, records, max_new_tokens=200, generator=None, **sampling):
-    """Answers (texts) to records, each under its own meta-prompt, generated as one batch."""
-    room, z = model.config.block_size, None
+def answer(model, tokenizer, records, max_new_tokens=200, generator=None, z=None, **sampling):
+    """Answers (texts) to records, each under its own meta-prompt, generated as one batch.
+
+    Where the model has an encoder, `examples` become its latent, unless z (records, n_latent) is
+    given.
+    """
+    room = model.config.block_size
     if model.encoder is not None:
         with torch.no_grad():
-            z = few_shot.latents(model, records)
+            z = few_shot.latents(model, records) if z is None else z
         records = [few_shot.without_examples(record) for record in records]
     prompts = [e.trunk for e in data.encode_all(records, tokenizer, room, "prompts")]
     found = generate(model, prompts, tokenizer.end, max_new_tokens, generator, z, **sampling)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import data
-from tiny import DPO, SFT, command_line, read_log, weights
+from tiny import DPO, SFT, command_line, read_log, user_rows, weights
 
 HERE = Path(__file__).parent.parent
 EQUAL = {"loss", "loss/dpo", "loss/sft", "rewards/chosen", "rewards/margins",
@@ -61,6 +61,14 @@ def test_two_processes_learn_what_one_does(workplace, how):
         train("train_dpo.py", 1, out_dir="out/one", overwrite=True, **settings, **how)
     check_same("out/one", "out/two")
     assert out.count("flips right") == 1  # one process prints
+
+
+def test_two_processes_learn_to_read_choices(workplace, write_rows):
+    write_rows("users.jsonl", *user_rows())
+    settings = {"pref_data": "users.jsonl", "context": 4, "latent": 3, "epochs": 2.0}
+    train("train_dpo.py", 1, out_dir="out/one", **settings)
+    train("train_dpo.py", 2, out_dir="out/two", **settings)
+    check_same("out/one", "out/two")
 
 
 @pytest.mark.parametrize("fsdp", [False, True])

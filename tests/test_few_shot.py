@@ -1,6 +1,5 @@
 """Few-shot steering: contexts, the encoder, FiLM, NP-BTL, NP-DPO and choices as text."""
 
-import dataclasses
 import json
 import math
 import random
@@ -19,21 +18,20 @@ import train_dpo
 import world
 from common import UserError
 from model import AdaptersOff, Encoder, add_latent, answer_logps, generate, pack
-from tiny import CONFIG, dpo, draw, draw_trees, new_model, read_log, run, same, weights
+from tiny import (
+    CONFIG,
+    dpo,
+    draw,
+    draw_trees,
+    new_model,
+    read_log,
+    run,
+    same,
+    user_rows,
+    weights,
+)
 
 LATENT = {"pref_data": "users.jsonl", "context": 4, "latent": 3}
-
-
-def user_rows(n_users=6, n_rows=7):
-    """Users who like all answers short, or all long."""
-    rows = []
-    for user in range(n_users):
-        for i in range(n_rows):
-            answers = f"No {i}.", f"Well, about {i}, I would say yes."
-            chosen, rejected = answers if user % 2 else answers[::-1]
-            rows.append({"user": user, "prompt": f"Do you like {i}?", "chosen": chosen,
-                         "rejected": rejected, "meta": {"group": "ab"[i % 2]}})
-    return rows
 
 
 @pytest.fixture
@@ -440,11 +438,12 @@ def test_people_who_are_held_out_are_in_no_training_file(tmp_path, write_rows, c
     status, _, err = command(people, "--data", tmp_path, "--held_out", "2")
     assert status == 0, err
     read = {name: [json.loads(line) for line in Path(f"out/people/{name}.jsonl").open()]
-            for name in ("train", "val-a", "val-b")}
+            for name in ("train", "val-a", "val-b", "test")}
     who = {name: {row["user"] for row in rows} for name, rows in read.items()}
     assert who["val-a"] == who["val-b"] and len(who["val-b"]) == 2 and len(who["train"]) == 6
     assert not who["train"] & who["val-b"]
     assert {row["meta"]["group"] for row in read["train"] + read["val-a"]} == {"a"}
+    assert len(read["test"]) == 20 and all(row in read["val-b"] for row in read["test"])
     status, _, err = command(people, "--data", tmp_path, "--held_out", "8")
     assert status == 2 and "--held_out 8" in err
 
@@ -469,11 +468,3 @@ def test_the_sign_of_a_statement_is_found_from_answers(tmp_path, write_rows):
         own = [s["statement"] for s in statements if s["trait"] == trait]
         signs = [table[text][table[text] != 0][0].item() for text in own]
         assert len(set(signs[::2])) == len(set(signs[1::2])) == 1 and signs[0] == -signs[1]
-
-
-def test_examples_of_replaced_rows_are_never_rendered_with_a_latent(byte_tokenizer):
-    row = user_rows()[0] | {"examples": [few_shot.choice(user_rows()[1])]}
-    bare = few_shot.without_examples(row)
-    assert byte_tokenizer.render(bare) != byte_tokenizer.render(row)
-    assert dataclasses.asdict(data.encode(bare, byte_tokenizer, 256))["trunk"] == \
-        byte_tokenizer.render(bare)  # fmt: skip

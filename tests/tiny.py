@@ -137,6 +137,18 @@ def pairs():
     return rows
 
 
+def user_rows(n_users=6, n_rows=7):
+    """Users who like all answers short, or all long."""
+    rows = []
+    for user in range(n_users):
+        for i in range(n_rows):
+            answers = f"No {i}.", f"Well, about {i}, I would say yes."
+            chosen, rejected = answers if user % 2 else answers[::-1]
+            rows.append({"user": user, "prompt": f"Do you like {i}?", "chosen": chosen,
+                         "rejected": rejected, "meta": {"group": "ab"[i % 2]}})
+    return rows
+
+
 def responses():
     """The same answers as SFT data, without any preference."""
     return [{"prompt": row["prompt"], "response": row["chosen"]} for row in pairs()]
