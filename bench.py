@@ -178,9 +178,11 @@ def profile_ours(job):
     with torch.profiler.profile() as profiler:
         train_ours(job)
     shares = dict.fromkeys((*KERNELS, "rest"), 0.0)
-    events = profiler.key_averages()
-    spent = {e.key: getattr(e, "self_device_time_total", 0) or e.self_cpu_time_total
-             for e in events}
+    operators = [event for event in profiler.key_averages()
+                 if event.device_type == torch.autograd.DeviceType.CPU]  # they hold their kernels
+    spent = {event.key: event.self_device_time_total for event in operators}
+    if not any(spent.values()):  # no GPU
+        spent = {event.key: event.self_cpu_time_total for event in operators}
     for key, time_spent in spent.items():
         kind = next((kind for kind, parts in KERNELS.items()
                      if any(part in key for part in parts)), "rest")  # fmt: skip

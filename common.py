@@ -412,13 +412,13 @@ def load_checkpoint(folder, run_hash, model, optimizer, scaler):
     return state["step"]
 
 
-def run_hash(config, examples, label_probs=()):
+def run_hash(config, examples, *more):
     """What a resumed run must share with the one that it goes on with."""
     how = {"out_dir", "overwrite", "resume", "save_every", "log_every", "device", "micro_tokens",
            "activation_checkpointing", "fsdp"}  # fmt: skip
     options = {k: v for k, v in config["options"].items() if k not in how}
     rows = [[example.trunk, example.answers] for example in examples]
-    return content_hash(config | {"options": options}, rows, list(label_probs))
+    return content_hash(config | {"options": options}, rows, *more)
 
 
 def start_run(folder, options, config, run_hash, model, optimizer, scaler):

@@ -45,6 +45,8 @@ class Options:
         common.at_least(self, 1, "max_new_tokens", "micro_tokens")
         if not all(n.isdecimal() for n in self.context):
             raise UserError(f"--context: must be whole numbers, not {' '.join(self.context)}")
+        if self.context_data and not self.context:
+            raise UserError("--context_data needs --context: how many choices to take")
 
 
 def load_preferences(names):
@@ -226,11 +228,12 @@ GENERATED = ("generated_axes_right", "generated_all_right", "generated_on_topic"
 def mean_and_interval(rows, right, records, rng):
     """Mean and its bootstrap 95 % interval: (mean, [low, high]).
 
-    Resampled are whole queries or, where few queries serve for all pairs, whole pairs.
+    Resampled are whole users where rows name them, else whole queries or, where few queries serve
+    for all pairs, whole pairs.
     """
     keys = {}
-    queries = [json.dumps(records[i]["prompt"]) for i in rows]
-    if len(set(queries)) < 20:
+    queries = [json.dumps(records[i].get("user", records[i]["prompt"])) for i in rows]
+    if "user" not in records[0] and len(set(queries)) < 20:
         queries = [pair_key(records[i]) for i in rows]
     cluster = np.array([keys.setdefault(query, len(keys)) for query in queries])
     sums = np.bincount(cluster, weights=right, minlength=len(keys))
@@ -268,9 +271,10 @@ def score_generated(model, tokenizer, records, max_new_tokens, progress=""):
     """Greedy answers to world records, read by the world's checker.
 
     Returns ({metric: (rows, right)}, {axis: [right or not]}, [(record, text), ...]). Rows with the
-    same meta-prompt and query count once.
+    same wanted values, meta-prompt and query count once.
     """
-    unique = {json.dumps([*(r.get(tier) for tier in data.META_PROMPT), r["prompt"]]): i
+    tiers = (*data.META_PROMPT, "prompt")
+    unique = {json.dumps([r["meta"]["values"], *map(r.get, tiers)]): i
               for i, r in reversed(list(enumerate(records)))}
     rows = sorted(unique.values(), key=lambda i: len(records[i]["prompt"]))
     texts = []
@@ -295,7 +299,7 @@ def score_generated(model, tokenizer, records, max_new_tokens, progress=""):
 
 # ---------------------------------------------------------------- the whole evaluation
 
-WORLD = {name for _, evaluation in world.DATA.values() for name in evaluation}
+OURS = {name for _, evaluation in world.DATA.values() for name in evaluation}
 
 
 @torch.no_grad()
@@ -335,7 +339,7 @@ def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens, ma
         flips = find_flips(records)
         for policy, model in policies.items():
             found, axes = steerability(*logps[model], *logps[reference], flips), {}
-            if name.split(",")[0] in WORLD:
+            if name.split(",")[0] in OURS:
                 asked = records if model is not reference else read
                 generated, axes, _ = score_generated(
                     model, tokenizer, asked, max_new_tokens, f"{policy} answers {name}"
@@ -373,18 +377,18 @@ def print_table(results):
 def load_reward_model(folder, config, device):
     """(reward model, how it sees answers) of a run of train_btl.py."""
     base, tokenizer, _ = load_checkpoint(reference_folder(folder, config), device)
-    model = few_shot.RewardModel(**config["model"]).to(device).eval()
     path = Path(folder) / "model.pt"
     try:
+        model = few_shot.RewardModel(**config["model"]).to(device).eval()
         common.load_trained(model, common.load_tensors(path))
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not the weights of its config.json: {error}") from None
     return model, few_shot.Features(for_inference(base), tokenizer)
 
 
 @torch.no_grad()
 def evaluate_rewards(model, features, datasets):
-    """`evaluate` of a reward model: {dataset name: entry of eval.json}."""
+    """`evaluate` of a reward model: {dataset name: entry of eval.json}, rewards as the score."""
     results = {}
     for name, records in datasets:
         answers = features([few_shot.choice(record) for record in records])
@@ -392,6 +396,7 @@ def evaluate_rewards(model, features, datasets):
                  for asked in (records, [{}] * len(records))]
         flips, nothing = find_flips(records), torch.zeros(len(records), 2)
         right = steerability(*found, nothing, nothing, flips)
+        del right["rewards_accuracy"], right["raw_accuracy"]  # these are of log-probabilities
         results[name] = summarize(right, records, flips)
     return results
 
@@ -453,6 +458,8 @@ def main(options):
     ckpt = hf_model.find(options.ckpt)
     config = common.load_json(ckpt / "config.json")
     if config.get("stage") == "np-btl":
+        if options.reference:
+            raise UserError(f"--reference: {ckpt} is a reward model, which has none")
         results = evaluate_rewards(*load_reward_model(ckpt, config, device), load_datasets(options))
         print_table(results)
         save_report(ckpt, results, "none: rewards are compared as they are", "fp32")

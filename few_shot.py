@@ -20,7 +20,10 @@ from model import Encoder, FiLM, pack
 
 
 def choice(record):
-    """A record as one of its user's earlier choices, an entry of `examples`."""
+    """A record as one of its user's earlier choices, an entry of `examples`.
+
+    Of several turns it has the last one; the meta-prompt and label_prob are not part of it.
+    """
     prompt = record["prompt"]
     prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     return {"prompt": prompt, "chosen": record["chosen"], "rejected": record["rejected"]}
@@ -34,16 +37,14 @@ class Contexts:
 
         Raises UserError for a record that names no user.
         """
-        self.choices, by_user = [], defaultdict(list)
-        for record in source or records:
-            by_user[self.user(record)].append(len(self.choices))
-            self.choices.append(choice(record))
-        self.pools = []
-        pairs = [self.pair(found) for found in self.choices]
+        source = records if source is None else source
+        self.choices, by_user = list(map(choice, source)), defaultdict(list)
+        for i, record in enumerate(source):
+            by_user[self.user(record)].append(i)
+        pairs, self.pools = list(map(self.pair, source)), []
         for record in records:
-            own = self.pair(choice(record))
-            found = by_user.get(self.user(record), ())
-            self.pools.append([i for i in found if pairs[i] != own])
+            own, others = self.pair(record), by_user.get(self.user(record), ())
+            self.pools.append([i for i in others if pairs[i] != own])
 
     @staticmethod
     def user(record):
@@ -53,8 +54,8 @@ class Contexts:
         return record["user"]
 
     @staticmethod
-    def pair(found):
-        return found["prompt"], *sorted((found["chosen"], found["rejected"]))
+    def pair(record):
+        return str(record["prompt"]), *sorted((record["chosen"], record["rejected"]))
 
     def draw(self, row, n, rng):
         """n of the choices of the user of a row, or all where there are fewer.
@@ -66,13 +67,13 @@ class Contexts:
         return [self.choices[i] for i in pool[:n]]
 
 
-def with_context(records, n, source=None, seed=0):
-    """The records with n choices of their users as `examples`, drawn once."""
+def with_context(records, n, source=None):
+    """The records with n choices of their users as `examples`, the same in every call."""
     contexts = Contexts(records, source)
     few = sum(len(pool) < n for pool in contexts.pools)
     if few:
         print(f"{few} of {len(records)} rows have fewer than {n} choices in their context")
-    return [record | {"examples": contexts.draw(i, n, random.Random(f"{seed} {i}"))}
+    return [record | {"examples": contexts.draw(i, n, random.Random(i))}
             for i, record in enumerate(records)]
 
 
@@ -113,17 +114,23 @@ class Features:
 
     def __call__(self, choices):
         """(len(choices), 2, F): of the answer chosen and of the one passed over."""
+        keys = self.read(choices)
+        return self.table[[self.places[key] for key in keys]].unflatten(0, (-1, 2))
+
+    def read(self, choices):
+        """Put new answers into the table: the keys of all, two for each choice."""
         keys = [(found["prompt"], found[side])
                 for found in choices for side in ("chosen", "rejected")]
         new = list(dict.fromkeys(key for key in keys if key not in self.places))
         if new:
             self.add(new)
-        return self.table[[self.places[key] for key in keys]].unflatten(0, (-1, 2))
+        return keys
 
     def add(self, keys):
         examples = [data.encode({"prompt": prompt, "response": answer, "where": "a choice"},
                                 self.tokenizer, self.model.config.block_size)
                     for prompt, answer in keys]
+        data.print_cuts(examples, self.model.config.block_size, "choices")
         found = self.table.new_empty(len(keys), self.table.shape[1])
         for rows in data.micro_batches(examples, self.micro_tokens):
             trees = pack([examples[i].tree for i in rows], self.table.device)
@@ -137,7 +144,7 @@ def context_tensors(features, contexts):
     longest = max(1, *map(len, contexts))
     sizes = torch.tensor([len(context) for context in contexts])
     present = torch.arange(longest) < sizes[:, None]
-    found = features([found for context in contexts for found in context])
+    found = features([choice for context in contexts for choice in context])
     pairs = found.new_zeros(len(contexts), longest, *found.shape[1:])
     pairs[present] = found
     return pairs, present.to(found)

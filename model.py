@@ -347,6 +347,7 @@ class Encoder(nn.Module):
 
     def __init__(self, n_features, n_latent, n_hidden=128):
         super().__init__()
+        # Parameters, so that they are saved; they are trained like the gains of a norm.
         self.center = nn.Parameter(torch.zeros(n_features))
         self.scale = nn.Parameter(torch.ones(n_features))
         self.layers = nn.Sequential(
@@ -465,8 +466,8 @@ def add_latent(model, n_latent, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.encoder = Encoder(2 * model.config.n_embd, n_latent)
-    for block in model.blocks:
-        block.add_film(model.config)
+        for block in model.blocks:
+            block.add_film(model.config)
     model.to(model.embedding.weight.device)
 
 

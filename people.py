@@ -35,7 +35,7 @@ class Options:
 
 
 SIZES = (0, 1, 3, 5, 10, 20)  # choices known
-RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # candidates for the regression's regularisation
+RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0)  # candidates for the regression's regularisation
 
 
 def read_lines(path, *fields):
@@ -132,7 +132,8 @@ def baselines(files, train_b, statements, answers):
     Prior and regularisation come from the people of training.
     """
     table = trait_features(statements, answers)
-    population = fit(differences(files["train"], table)[None], torch.zeros(1, 35), 1.0)
+    x = differences(files["train"], table)
+    population = fit(x[None], torch.zeros(1, x.shape[1]), 1.0)
     tuning = few_shot.with_context(train_b[::10], 10, files["train"])
     ridge = max(RIDGES, key=lambda ridge: accuracy(tuning, table, population, ridge))
     found = {"ridge": ridge}

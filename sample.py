@@ -62,6 +62,15 @@ def load_checkpoint(folder, device, dtype=torch.float32):
     return model.eval(), tokenizer, config
 
 
+def load_start(folder, device, dtype=torch.float32):
+    """`load_checkpoint` of a model to train on; one that has a latent would read its choices by
+    what it started from, so it is refused."""
+    found = load_checkpoint(folder, device, dtype)
+    if found[0].encoder is not None:
+        raise UserError(f"--init_from {folder}: has a latent; take the model it started from")
+    return found
+
+
 def load_run(folder, device, dtype):
     """`load_checkpoint` of one of our runs: its weights, or adapters on its starting model."""
     weights = common.finished(folder)
@@ -163,12 +172,7 @@ def read_examples(name):
     """The `examples` tier from a file of preference data: [{prompt, chosen, rejected}, ...]."""
     if not name:
         return []
-    examples = []
-    for record in [record for _, rows in data.read_preferences(name) for record in rows]:
-        prompt = record["prompt"]
-        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        examples.append({"prompt": prompt} | {f: record[f] for f in ("chosen", "rejected")})
-    return examples
+    return [few_shot.choice(row) for _, rows in data.read_preferences(name) for row in rows]
 
 
 def meta_prompt(system, preference, examples):

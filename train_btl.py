@@ -24,7 +24,7 @@ import world
 from common import UserError
 from few_shot import Features, RewardModel
 from model import for_inference
-from sample import load_checkpoint, start_of
+from sample import load_start, start_of
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Options:
 
     pref_data: str = "synthetic"  # synthetic, users (of the world), or files of rows with `user`
     init_from: str = ""  # on users or files: the frozen model that reads the answers
-    out_dir: str = "out/btl"  # folder of this run
+    out_dir: str = ""  # folder of this run; default for synthetic: out/btl
     overwrite: bool = False  # replace a run that is there
     context: int = 10  # most choices to infer a preference from; each step draws 0 to this many
-    targets: int = 16  # choices of a user to predict from them
+    targets: int = 16  # more choices of a user; predicted are all that are not in the context
     latent: int = 8  # channels of the latent
     kl_weight: float = 0.0  # variational latent: weight of KL(z given all pairs, z given context)
     n_hidden: int = 64  # channels of the layers
@@ -124,7 +124,7 @@ def synthetic_accuracy(model, n, device, users=10000, targets=8):
     return (rewards[..., 0] > rewards[..., 1]).float().mean().item()
 
 
-def synthetic(options, device):
+def synthetic(options, folder, device):
     """The table: accuracy by number of known choices, mean and spread over seeds."""
     torch.set_num_threads(1)  # products as small as these run slower on several
     found = defaultdict(list)
@@ -146,13 +146,13 @@ def synthetic(options, device):
         print(f"{n:>13}{100 * synthetic_bound(n):>10.1f}{PAPER[n]:>10.1f}{mean:>10.1f}"
               f"   ({low:.1f} to {high:.1f})")
     report = {"accuracy": found, "bound": {n: synthetic_bound(n) for n in PAPER}}
-    common.save_json(Path(options.out_dir) / "synthetic.json", report | common.provenance())
+    common.save_json(folder / "synthetic.json", report | common.provenance())
 
 
 # ---------------------------------------------------------------- training
 
 
-def train(options, n_features, draw, seed, device):
+def train(options, n_features, draw, seed, device, log=None):
     """A reward model trained on draw() -> (pairs (B, P, 2, F), present (B, P))."""
     torch.manual_seed(seed)
     model = RewardModel(n_features, options.latent, options.n_hidden, options.n_layer).to(device)
@@ -171,7 +171,9 @@ def train(options, n_features, draw, seed, device):
         rate = common.learning_rate(
             step, options.steps, options.warmup_steps, options.learning_rate
         )
-        common.update(model, optimizer, scaler, 1.0, rate)
+        grad_norm = common.update(model, optimizer, scaler, 1.0, rate)
+        if log:
+            log.write(step=step + 1, loss=loss.item(), grad_norm=grad_norm, learning_rate=rate)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     return model.eval()
 
@@ -181,7 +183,7 @@ def user_pairs(records, features):
     by_user = defaultdict(dict)
     for record in records:
         found = few_shot.choice(record)
-        by_user[few_shot.Contexts.user(record)].setdefault(few_shot.Contexts.pair(found), found)
+        by_user[few_shot.Contexts.user(record)].setdefault(few_shot.Contexts.pair(record), found)
     return [features(list(found.values())) for found in by_user.values()]
 
 
@@ -193,7 +195,7 @@ def on_files(options, folder, device):
         records = world.user_pairs()
     else:
         records = [row for _, rows in data.read_preferences(options.pref_data) for row in rows]
-    base, tokenizer, _ = load_checkpoint(options.init_from, device)
+    base, tokenizer, _ = load_start(options.init_from, device)
     features = Features(for_inference(base), tokenizer)
     users = user_pairs(records, features)
     generator = torch.Generator().manual_seed(options.seed)
@@ -217,17 +219,21 @@ def on_files(options, folder, device):
     }  # fmt: skip
     common.open_run(folder, False, options.overwrite)
     common.save_json(folder / "config.json", config | common.provenance())
-    common.finish_run(folder, train(options, features.table.shape[1], draw, options.seed, device))
+    log = common.Log(folder, 0)
+    model = train(options, features.table.shape[1], draw, options.seed, device, log)
+    common.finish_run(folder, model)
 
 
 def main(options):
-    device, folder = common.pick_device(options.device), Path(options.out_dir)
+    if options.pref_data != "synthetic" and not options.out_dir:
+        raise UserError("--out_dir is required on other data than the synthetic task")
+    device, folder = common.pick_device(options.device), Path(options.out_dir or "out/btl")
     start = time.perf_counter()
+    common.check_folder(folder, False, options.overwrite, options.init_from)
     if options.pref_data == "synthetic":
         folder.mkdir(parents=True, exist_ok=True)
-        synthetic(options, device)
+        synthetic(options, folder, device)
     else:
-        common.check_folder(folder, False, options.overwrite, options.init_from)
         on_files(options, folder, device)
     print(f"{time.perf_counter() - start:.0f} s")
 

@@ -32,7 +32,7 @@ from model import (
     from_weights,
     pack,
 )
-from sample import load_checkpoint, print_side_by_side, start_of
+from sample import load_start, print_side_by_side, start_of
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class Options:
         )  # fmt: skip
         if self.fsdp and (self.lora_rank or self.latent):
             raise UserError("--fsdp trains the whole model: leave out --lora_rank and --latent")
+        if self.context and self.blank_meta_prompt:
+            raise UserError("--context and --blank_meta_prompt exclude each other")
         if not 0 < self.beta < math.inf:
             raise UserError(f"--beta must be above 0, not {self.beta}")
         if not 0 <= self.label_smoothing <= 0.5:
@@ -191,9 +193,7 @@ def main(options):
         first_stage(options, Path(init_from))
     frozen = common.PRECISIONS[precision]
     lora = options.lora_rank > 0
-    policy, tokenizer, _ = load_checkpoint(init_from, device, frozen if lora else torch.float32)
-    if policy.encoder is not None:
-        raise UserError(f"--init_from {init_from}: has a latent; take the model it started from")
+    policy, tokenizer, _ = load_start(init_from, device, frozen if lora else torch.float32)
     adapt(policy, options.lora_rank, options.seed)
     if lora:
         reference = AdaptersOff(policy)
@@ -245,7 +245,10 @@ def main(options):
         "model": dataclasses.asdict(policy.config), "tokenizer": tokenizer.describe(),
         "reference": start_of(init_from, folder),
     }  # fmt: skip
-    run_hash = common.run_hash(config, examples, label_probs.tolist())
+    choices = [record.get("examples") for record in records] if options.latent else []
+    if options.latent and not any(choices):
+        raise UserError("--latent: no row has choices to read; --context takes them from others")
+    run_hash = common.run_hash(config, examples, label_probs.tolist(), choices)
     first_step = common.start_run(folder, options, config, run_hash, policy, optimizer, scaler)
     tokenizer.save(folder)
     log = common.Log(folder, first_step)
@@ -263,7 +266,7 @@ def main(options):
             options.latent > 0,
         )  # fmt: skip
         if options.latent:
-            policy.features([choice for i in rows for choice in records[i].get("examples", ())])
+            policy.features.read([choice for r in records for choice in r.get("examples", ())])
             if not first_step:
                 policy.encoder.standardize(policy.features.table)
     if not held_out and not options.latent:

@@ -17,7 +17,7 @@ import distributed
 import world
 from common import UserError
 from model import ModelConfig, Transformer, adapt, answer_token_logps, pack
-from sample import load_checkpoint, start_of
+from sample import load_start, start_of
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def main(options):
         model = new_model(options, tokenizer.vocab_size).to(device)
     else:
         frozen = common.PRECISIONS[precision] if options.lora_rank else torch.float32
-        model, tokenizer, _ = load_checkpoint(options.init_from, device, frozen)
+        model, tokenizer, _ = load_start(options.init_from, device, frozen)
         adapt(model, options.lora_rank, options.seed)
     model.train()
     model.checkpointing = options.activation_checkpointing

@@ -548,6 +548,7 @@ def user_pairs(evaluation=False, told=False):
     Evaluation has other questions. `told` states all five values.
     """
     rng, rows, pool = Random(f"{SEED} users {evaluation}"), [], []
+    words = Random(f"{SEED} told {evaluation}")
     for _ in range(EVAL_COUPLES * 20 if evaluation else TRAIN_PAIRS):
         content, axis = draw_content(rng, evaluation), rng.choice(list(AXES))
         style = {other: rng.choice(values) for other, values in AXES.items()}
@@ -561,11 +562,14 @@ def user_pairs(evaluation=False, told=False):
         for question, axis, texts in pairs:
             for i, values in enumerate((one, other)):
                 stated = rng.sample(list(values.values()), len(values))
-                rows.append({"preference": state(rng, stated)} if told else {})
+                rows.append({"preference": state(words, stated)} if told else {})
                 rows[-1] |= {"prompt": question, "chosen": texts[values[axis]],
                              "rejected": texts[OPPOSITE[values[axis]]], "user": 2 * n + i,
                              "meta": {"split": "users", "preference_name": values[axis],
                                       "values": values, "differ": [axis]}}
+    if evaluation:  # any first part of the rows is of all users
+        flips = [rows[i : i + 2] for i in range(0, len(rows), 2)]
+        rows = [row for first in range(20) for flip in flips[first::20] for row in flip]
     return rows
 
 

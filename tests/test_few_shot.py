@@ -12,6 +12,7 @@ import data
 import evaluate
 import few_shot
 import people
+import plot
 import sample
 import train_btl
 import train_dpo
@@ -27,6 +28,7 @@ from tiny import (
     read_log,
     run,
     same,
+    sft,
     user_rows,
     weights,
 )
@@ -217,8 +219,7 @@ def test_the_bound_of_the_synthetic_task_is_that_of_exact_inference():
 
 def test_the_reward_model_reaches_the_bound(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_options = train_btl.Options(seeds=1, steps=400, device="cpu")
-    train_btl.main(run_options)
+    train_btl.main(train_btl.Options(seeds=1, steps=400, device="cpu"))
     found = json.loads(Path("out/btl/synthetic.json").read_text())["accuracy"]
     for n, [value] in found.items():
         assert value < train_btl.synthetic_bound(int(n)) + 0.01  # not by looking at the targets
@@ -242,6 +243,10 @@ def test_only_targets_are_learned():
             losses.append(math.log1p(math.exp(b - a)))
     found = train_btl.batch_loss(model, pairs, present, known, 0.0)
     assert found.item() == pytest.approx(sum(losses) / 6, abs=1e-5)
+    # A variational latent: drawn given all pairs; nothing to pay where the context is all pairs.
+    full = train_btl.batch_loss(model, pairs, present, known, 1e-9)
+    assert full.item() != pytest.approx(found.item(), abs=1e-4)
+    assert train_btl.batch_loss(model, pairs, present, known, 2.0) > full + 0.01
 
 
 def test_kl_divergence_is_that_of_torch():
@@ -266,7 +271,10 @@ def test_a_reward_model_of_files_is_evaluated_like_the_others(users, command):
     [none] = [v for k, v in results.items() if k.endswith("N=0")]
     assert few["accuracy"] == few["flip_accuracy"] == 1.0
     assert none["flip_accuracy"] == 0.0 and few["accuracy_no_preference"] == 0.5
-    for arguments, named in ((run_btl, "--overwrite"), (run_btl[:2], "--init_from")):
+    assert few["rewards_accuracy"] is None  # there is no reference
+    for arguments, named in ((run_btl, "--overwrite"), (run_btl[:2], "--out_dir"),
+                             ((*run_btl[:2], "--out_dir", "out/q"), "--init_from"),
+                             (("--out_dir", "out/r"), "out/r")):  # fmt: skip
         status, _, err = command(train_btl, *arguments)
         assert status == 2 and named in err and len(err.splitlines()) == 1
     status, _, err = command(sample, "--ckpt", "out/r", "--prompt", "Hi", "--device", "cpu")
@@ -277,12 +285,15 @@ def test_a_reward_model_of_files_is_evaluated_like_the_others(users, command):
 
 
 @pytest.mark.parametrize("how", [{}, {"lora_rank": 2}])
-def test_np_dpo_learns_resumes_and_loads(users, how):
+def test_np_dpo_learns_resumes_and_loads(users, how, write_rows):
     """Starts at ln 2; resumed equals uninterrupted; what is saved answers as what was trained."""
-    settings = LATENT | how | {"epochs": 6.0, "learning_rate": 5e-3, "save_every": 7}
+    rows = user_rows()
+    write_rows("others.jsonl", *rows[:-1], rows[-1] | {"user": 0})  # the same texts
+    settings = LATENT | how | {"epochs": 6.0, "learning_rate": 5e-3, "save_every": 7,
+                               "eval_data": "users.jsonl", "eval_every": 10}  # fmt: skip
     dpo("out/whole", **settings)
     log = read_log("out/whole")
-    assert log[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    assert log[1]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
     stop = train_dpo.common.save_checkpoint
     calls = []
 
@@ -298,15 +309,20 @@ def test_np_dpo_learns_resumes_and_loads(users, how):
             dpo("out/cut", **settings)
     finally:
         train_dpo.common.save_checkpoint = stop
+    with pytest.raises(UserError, match="cannot resume"):
+        dpo("out/cut", resume=True, **settings | {"pref_data": "others.jsonl"})
     dpo("out/cut", resume=True, **settings)
     assert same(weights("out/cut"), weights("out/whole")) and read_log("out/cut") == log
     assert any(name.startswith("encoder.") for name in weights("out/whole"))
+    [after] = json.loads(Path("out/whole/eval.json").read_text())["results"].values()
+    [watched] = [row["eval"] for row in log if "eval" in row][-1].values()
+    assert watched["accuracy"] > 0.9
 
     run(evaluate, ckpt="out/whole", pref_data="users.jsonl", context=4)
     [found] = json.loads(Path("out/whole/eval.json").read_text())["results"].values()
     run(evaluate, ckpt="out/whole", pref_data="users.jsonl", context=0)
     [none] = json.loads(Path("out/whole/eval.json").read_text())["results"].values()
-    assert found["accuracy"] > 0.9 and found["flip_accuracy"] > 0.8
+    assert found == after and found["accuracy"] > 0.9 and found["flip_accuracy"] > 0.8
     assert none["flip_accuracy"] == 0 and found["accuracy_no_preference"] == 0.5
 
 
@@ -355,6 +371,8 @@ def test_sample_reads_examples_as_the_checkpoint_was_trained(users, latent, comm
     ({"context": -1}, "--context"), ({"latent": -1}, "--latent"),
     ({"latent": 2, "fsdp": True}, "--latent"),
     ({"context": 2}, "field 'user': missing"),
+    ({"latent": 2, "pref_data": "users.jsonl"}, "no row has choices"),
+    ({"context": 2, "blank_meta_prompt": True}, "exclude each other"),
     ({"init_from": "latent"}, "has a latent"),
 ])  # fmt: skip
 def test_what_cannot_be_is_named(users, options, named):
@@ -362,12 +380,16 @@ def test_what_cannot_be_is_named(users, options, named):
         dpo("latent", **LATENT)
     with pytest.raises(UserError, match=named):
         dpo("out/a", **options)
+    if "init_from" in options:
+        with pytest.raises(UserError, match=named):
+            sft("out/a", init_from="latent")
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
     (["--context", "two"], "--context"), (["--context", "-1"], "--context"),
     (["--context", "1", "--pref_data", "pairs.jsonl"], "field 'user'"),
     (["--context", "1", "--context_data", "none.jsonl"], "none.jsonl"),
+    (["--context_data", "users.jsonl"], "--context_data needs --context"),
 ])  # fmt: skip
 def test_evaluate_names_what_is_wrong_with_a_context(users, arguments, named, command):
     status, _, err = command(evaluate, "--ckpt", "tiny", "--pref_data", "users.jsonl",
@@ -391,18 +413,47 @@ def test_users_of_the_world_choose_by_their_values(evaluation):
         assert "preference" not in row and "system" not in row
     assert len(evaluate.find_flips(rows)) == len(rows) // 2
     if evaluation:
+        assert len({row["user"] for row in rows[:40]}) == 32
         assert len({tuple(found.values()) for found in values.values()}) == 32
 
 
 def test_users_of_the_evaluation_ask_what_training_never_asks():
     train, test = world.user_pairs(), world.user_pairs(True)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
-    told = world.user_pairs(True, told=True)
-    strip = lambda row: {k: v for k, v in row.items() if k != "preference"}  # noqa: E731
-    pairs = [few_shot.Contexts.pair(row) for row in test]
-    assert len(told) == len(test) and all("preference" in row for row in told)
-    assert [r["meta"]["values"] for r in told] == [r["meta"]["values"] for r in test]
-    assert len(set(pairs)) == len(pairs) / 2 and strip(told[0]).keys() == test[0].keys()
+    for rows, evaluation in ((train, False), (test, True)):
+        told = world.user_pairs(evaluation, told=True)
+        assert all(row.pop("preference") for row in told) and told == rows
+
+
+def test_generated_answers_of_all_users_count_also_without_a_context(workplace):
+    """Two users who ask the same want different things, so no row stands for both."""
+    model, tokenizer, _ = sample.load_checkpoint("tiny", torch.device("cpu"))
+    rows = [row | {"prompt": "?"} for row in world.user_pairs(True)[:64]]
+    found, axes, _ = evaluate.score_generated(model, tokenizer, rows + rows, 2)
+    assert len(found["generated_all_right"][0]) == 32
+    assert {axis: len(right) for axis, right in axes.items()} == dict.fromkeys(world.AXES, 32)
+
+
+def test_the_figure_of_a_latent(users, command):
+    pytest.importorskip("matplotlib").use("Agg")
+    dpo("out/a", **LATENT)
+    status, _, err = command(plot, "--latent", "out/a", "--figure", "latent.png")
+    assert status == 0, err
+    assert Path("latent.png").read_bytes().startswith(b"\x89PNG")
+    status, _, err = command(plot, "--latent", "tiny")
+    assert status == 2 and "has no latent" in err
+
+
+def test_on_the_way_between_two_latents_answers_change(monkeypatch):
+    """At the ends the answers are those of the ends."""
+    texts = [world.write_answer(world.draw_content(random.Random(0), True), style) for style in (
+        {axis: values[i] for axis, values in world.AXES.items()} for i in (0, 1))]  # fmt: skip
+    monkeypatch.setattr(plot, "answer", lambda model, tokenizer, records, z: [
+        texts[int(row[0] > 0.5)] for row in z])  # fmt: skip
+    wanted = {axis: values[1] for axis, values in world.AXES.items()}
+    ends = torch.zeros(3), torch.ones(3)
+    found = plot.continuum(None, None, [{"prompt": "a"}] * 2, *ends, wanted, steps=5)
+    assert found == {axis: [0, 0, 0, 1, 1] for axis in world.AXES}
 
 
 # ---------------------------------------------------------------- real people
@@ -451,7 +502,7 @@ def test_people_who_are_held_out_are_in_no_training_file(tmp_path, write_rows, c
 def test_the_regression_minimises_its_objective():
     generator = torch.Generator().manual_seed(0)
     x, prior = torch.randn(3, 6, 4, generator=generator), torch.randn(4, generator=generator)
-    w = people.fit(x, prior, 0.5).requires_grad_()
+    w = people.fit(x, prior, 0.5).requires_grad_()  # rows of x are separable
     losses = -torch.nn.functional.logsigmoid((x @ w[..., None])[..., 0]).sum()
     (losses + 0.25 * (w - prior).pow(2).sum()).backward()
     assert w.grad.abs().max() < 1e-4

@@ -19,7 +19,8 @@ COMMANDS = re.findall(r"python (\w+)\.py((?: [^\n#]*)?)", README.replace("\\\n",
 
 def test_the_readme_shows_every_script():
     assert {name for name, _ in COMMANDS} == {
-        "train_sft", "train_dpo", "evaluate", "sample", "data", "plot", "real", "bench",
+        "train_sft", "train_dpo", "train_btl", "evaluate", "sample", "data", "plot", "real",
+        "people", "bench",
     }  # fmt: skip
 
 
