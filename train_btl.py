@@ -75,11 +75,12 @@ def batch_loss(model, pairs, present, known, kl_weight):
     """Mean loss of a batch of users, whose pairs are part context, part targets.
 
     pairs: (B, P, 2, F), chosen first; present: (B, P), 0 where a user has fewer pairs; known:
-    (B, P), 1 where a pair is in the context. With kl_weight z is drawn from the posterior given all
+    (B, P), 1 where a pair is in the context, the first ones of a user. With kl_weight z is drawn from the posterior given all
     pairs, and its divergence from that given the context is added (Poddar et al. 2024,
     arXiv:2408.10075, with the context's posterior as the prior).
     """
-    mean, variance = model.encoder(pairs, known)
+    longest = max(1, int(known.sum(1).max()))
+    mean, variance = model.encoder(pairs[:, :longest], known[:, :longest])
     z, divergence = mean, 0.0
     if kl_weight:
         full = model.encoder(pairs, present)
@@ -118,9 +119,8 @@ PAPER = {0: 75.2, 1: 80.0, 3: 88.2, 5: 93.6, 10: 97.2}  # accuracy in percent wi
 def synthetic_accuracy(model, n, device, users=10000, targets=8):
     """Share of right predictions for users that were never trained on, n choices known."""
     pairs = synthetic_pairs(users, n + targets, torch.Generator().manual_seed(2**40)).to(device)
-    known = torch.zeros(pairs.shape[:2], device=device)
-    known[:, :n] = 1
-    rewards = model(pairs[:, n:], model.encoder(pairs, known)[0])
+    known = torch.ones(users, n, device=device)
+    rewards = model(pairs[:, n:], model.encoder(pairs[:, :n], known)[0])
     return (rewards[..., 0] > rewards[..., 1]).float().mean().item()
 
 
