@@ -75,9 +75,9 @@ def batch_loss(model, pairs, present, known, kl_weight):
     """Mean loss of a batch of users, whose pairs are part context, part targets.
 
     pairs: (B, P, 2, F), chosen first; present: (B, P), 0 where a user has fewer pairs; known:
-    (B, P), 1 where a pair is in the context, the first ones of a user. With kl_weight z is drawn from the posterior given all
-    pairs, and its divergence from that given the context is added (Poddar et al. 2024,
-    arXiv:2408.10075, with the context's posterior as the prior).
+    (B, P), 1 where a pair is in the context, which has a user's first ones. With kl_weight z is
+    drawn from the posterior given all pairs, and its divergence from that given the context is
+    added (Poddar et al. 2024, arXiv:2408.10075, with the context's posterior as the prior).
     """
     longest = max(1, int(known.sum(1).max()))
     mean, variance = model.encoder(pairs[:, :longest], known[:, :longest])
