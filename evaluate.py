@@ -381,7 +381,7 @@ def load_reward_model(folder, config, device):
     try:
         model = few_shot.RewardModel(**config["model"]).to(device).eval()
         common.load_trained(model, common.load_tensors(path))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not the weights of its config.json: {error}") from None
     return model, few_shot.Features(for_inference(base), tokenizer)
 

@@ -41,9 +41,9 @@ class Contexts:
         self.choices, by_user = list(map(choice, source)), defaultdict(list)
         for i, record in enumerate(source):
             by_user[self.user(record)].append(i)
-        pairs, self.pools = list(map(self.pair, source)), []
+        pairs, self.pools = list(map(self.pair, self.choices)), []
         for record in records:
-            own, others = self.pair(record), by_user.get(self.user(record), ())
+            own, others = self.pair(choice(record)), by_user.get(self.user(record), ())
             self.pools.append([i for i in others if pairs[i] != own])
 
     @staticmethod
@@ -54,8 +54,8 @@ class Contexts:
         return record["user"]
 
     @staticmethod
-    def pair(record):
-        return str(record["prompt"]), *sorted((record["chosen"], record["rejected"]))
+    def pair(found):
+        return found["prompt"], *sorted((found["chosen"], found["rejected"]))
 
     def draw(self, row, n, rng):
         """n of the choices of the user of a row, or all where there are fewer.
@@ -80,6 +80,9 @@ def with_context(records, n, source=None):
 def with_random_contexts(records, rows, most, seed):
     """The records at `rows`, each time with 0 to `most` other choices of its user as `examples`."""
     contexts, rng = Contexts(records), random.Random(seed)
+    alone = contexts.pools.count([])
+    if alone:
+        print(f"{alone} of {len(records)} rows have no other choice of their user to be shown")
     return [records[i] | {"examples": contexts.draw(i, rng.randint(0, most), rng)} for i in rows]
 
 

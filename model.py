@@ -374,9 +374,13 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def standardize(self, features):
-        """Before training: make the normalised features (rows, F) have mean 0 and deviation 1."""
+        """Before training: make the normalised features (rows, F) have mean 0 and deviation 1.
+
+        What does not vary keeps its scale.
+        """
+        deviation = features.std(0, correction=0)
         self.center.copy_(features.mean(0))
-        self.scale.copy_(1 / features.std(0).clamp(min=1e-6))
+        self.scale.copy_(torch.where(deviation > 1e-6, 1 / deviation, 1.0))
 
 
 class Transformer(nn.Module):

@@ -38,19 +38,36 @@ SIZES = (0, 1, 3, 5, 10, 20)  # choices known
 RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0)  # candidates for the regression's regularisation
 
 
-def read_lines(path, *fields):
+def read_statements(path):
+    """Statements with their facet and trait, all texts."""
     rows = []
     for line, row in data.read_lines(path):
-        for field in fields:
-            if field not in row:
-                raise UserError(f"{line}: field '{field}': missing")
+        for field in ("statement", "facet", "trait"):
+            if not isinstance(row.get(field), str):
+                raise UserError(f"{line}: field '{field}': must be text")
         rows.append(row)
     return rows
 
 
+def read_answers(path, n_statements, people):
+    """(people, statements) agreement 1 to 5, NaN where missing, of those people that are wanted."""
+    found = []
+    for line, row in data.read_lines(path):
+        answers = row.get("answers")
+        if not isinstance(answers, list) or len(answers) != n_statements:
+            raise UserError(f"{line}: field 'answers': must be a list of {n_statements}")
+        if not all(answer in (None, 1, 2, 3, 4, 5) for answer in answers):
+            raise UserError(f"{line}: field 'answers': must be 1 to 5 or null")
+        if str(row.get("person")) in people:
+            found.append(answers)
+    if not found:
+        raise UserError(f"{path}: no answers of the people of training")
+    return np.array(found, dtype=float)
+
+
 def split(records, held_out, test_rows, seed):
     """{file name: records}: the people of `val-*` are not in `train`, `test` is part of `val-b`."""
-    people = sorted({few_shot.Contexts.user(record) for record in records})
+    people = sorted({str(few_shot.Contexts.user(record)) for record in records})
     if len(people) <= held_out:
         raise UserError(f"--held_out {held_out}: there are {len(people)} people")
     random.Random(seed).shuffle(people)
@@ -61,13 +78,17 @@ def split(records, held_out, test_rows, seed):
         group = record.get("meta", {}).get("group")
         if group not in ("a", "b"):
             raise UserError(f"{record['where']}: field 'meta.group': must be a or b")
-        if record["user"] in unseen:
+        user = str(record["user"])
+        if user in unseen:
             files[f"val-{group}"].append(record)
-            if group == "b" and left[record["user"]]:
+            if group == "b" and left[user]:
                 files["test"].append(record)
-                left[record["user"]] -= 1
+                left[user] -= 1
         elif group == "a":
             files["train"].append(record)
+    empty = [name for name, rows in files.items() if not rows]
+    if empty:
+        raise UserError(f"no choices for {empty[0]}: both groups are needed")
     return files
 
 
@@ -159,21 +180,28 @@ def main(options):
         raise UserError("--data is required: a folder with choices_train.jsonl")
     [(_, records)] = data.read_preferences(str(folder / "choices_train.jsonl"))
     files = split(records, options.held_out, options.test_rows, options.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        lines = [json.dumps({k: v for k, v in row.items() if k != "where"}) for row in rows]
-        (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-        people = {row["user"] for row in rows}
-        print(f"{out / name}.jsonl: {len(rows)} choices of {len(people)} people")
-
-    statements = read_lines(folder / "statements.jsonl", "statement", "facet", "trait")
-    trained = {row["user"] for row in files["train"]}
-    answers = np.array([row["answers"] for row in
-                        read_lines(folder / "answers_train.jsonl", "person", "answers")
-                        if str(row["person"]) in trained], dtype=float)
-    train_b = [r for r in records if r["user"] in trained and r["meta"]["group"] == "b"]
+    statements = read_statements(folder / "statements.jsonl")
+    known = {row["statement"] for row in statements}
+    for record in records:
+        for side in ("chosen", "rejected"):
+            if record[side] not in known:
+                raise UserError(f"{record['where']}: field '{side}': not in statements.jsonl")
+    trained = {str(row["user"]) for row in files["train"]}
+    answers = read_answers(folder / "answers_train.jsonl", len(statements), trained)
+    train_b = [r for r in records if str(r["user"]) in trained and r["meta"]["group"] == "b"]
     found = baselines(files, train_b, statements, answers)
     found["popularity"] = popularity(files["test"], statements, answers)
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out_dir {out}: {error.strerror}") from None
+    for name, rows in files.items():
+        lines = [json.dumps({k: v for k, v in row.items() if k != "where"}) for row in rows]
+        text, path = "\n".join(lines) + "\n", out / f"{name}.jsonl"
+        common.write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+        people = {row["user"] for row in rows}
+        print(f"{path}: {len(rows)} choices of {len(people)} people")
     common.save_json(out / "baselines.json", found | common.provenance())
 
     print(f"\nright choices on {out / 'test'}.jsonl, %, by number of choices known\n"

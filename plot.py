@@ -50,6 +50,14 @@ def read_evaluations(path):
     return evaluations
 
 
+def read_results(path):
+    """{dataset name: {metric: value}} of an eval.json."""
+    results = common.load_json(path).get("results")
+    if not isinstance(results, dict) or not all(isinstance(x, dict) for x in results.values()):
+        raise UserError(f"{path}: field 'results': must hold an object for each dataset")
+    return results
+
+
 def draw(axes, steps, curves, title, chance):
     for name, values in curves.items():
         axes.plot(steps, [100 * v for v in values], label=name, linewidth=1.8)
@@ -63,8 +71,7 @@ def print_table(groups, metrics):
     runs = {}
     for group in groups:
         name, _, folders = group.partition("=")
-        runs[name] = [common.load_json(Path(folder) / "eval.json")["results"]
-                      for folder in folders.split(",")]
+        runs[name] = [read_results(Path(folder) / "eval.json") for folder in folders.split(",")]
     metrics = {key: COLUMNS[key] for key in metrics
                if any(r.get(key) is not None for rs in runs.values() for r in rs[0].values())}
     heads = [f"{name}, {metric}" for metric in metrics.values() for name in runs]
@@ -97,8 +104,11 @@ def main(options):
         figure = draw_prefix(plt, Path(options.prefix))
     else:
         figure = draw_run(plt, Path(options.run) / "log.jsonl")
-    Path(options.figure).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.figure, dpi=110)
+    try:
+        Path(options.figure).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(options.figure, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--figure {options.figure}: {common.first_line(error)}") from None
     print(f"wrote {options.figure}")
 
 
@@ -156,8 +166,8 @@ def continuum(model, tokenizer, records, z_from, z_to, wanted, steps=9):
 def draw_latent(plt, folder):
     """Users of the evaluation by their latents, coloured by what they want; a line between two."""
     model, tokenizer, _ = load_checkpoint(folder, torch.device("cpu"))
-    if model.encoder is None:
-        raise UserError(f"--latent {folder}: this run has no latent")
+    if model.config.n_latent < 2:
+        raise UserError(f"--latent {folder}: this run has no latent of two channels or more")
     records = few_shot.with_context(world.user_pairs(evaluation=True), 16)
     z, points = latent_points(model, records)
     figure, grid = plt.subplots(2, 3, figsize=(11, 6.4), constrained_layout=True)

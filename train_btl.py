@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import common
 import data
+import distributed
 import few_shot
 import world
 from common import UserError
@@ -183,7 +184,7 @@ def user_pairs(records, features):
     by_user = defaultdict(dict)
     for record in records:
         found = few_shot.choice(record)
-        by_user[few_shot.Contexts.user(record)].setdefault(few_shot.Contexts.pair(record), found)
+        by_user[few_shot.Contexts.user(record)].setdefault(few_shot.Contexts.pair(found), found)
     return [features(list(found.values())) for found in by_user.values()]
 
 
@@ -225,13 +226,15 @@ def on_files(options, folder, device):
 
 
 def main(options):
+    if distributed.WORLD > 1:
+        raise UserError("train_btl.py is one process: start it without torchrun")
     if options.pref_data != "synthetic" and not options.out_dir:
         raise UserError("--out_dir is required on other data than the synthetic task")
     device, folder = common.pick_device(options.device), Path(options.out_dir or "out/btl")
     start = time.perf_counter()
     common.check_folder(folder, False, options.overwrite, options.init_from)
     if options.pref_data == "synthetic":
-        folder.mkdir(parents=True, exist_ok=True)
+        common.open_run(folder, False, options.overwrite)
         synthetic(options, folder, device)
     else:
         on_files(options, folder, device)

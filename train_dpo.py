@@ -148,9 +148,9 @@ class Watch:
             result[name] = {metric: float(found[metric][1].mean())
                             for metric in ("accuracy", "flip_accuracy") if metric in found}
             for record, right in zip(records, found["accuracy"][1], strict=True):
-                differ = record.get("meta", {}).get("differ", ())
-                if len(differ) == 1:
-                    axes.setdefault(differ[0], []).append(bool(right))
+                differ = record.get("meta", {}).get("differ")
+                if isinstance(differ, list) and len(differ) == 1:
+                    axes.setdefault(str(differ[0]), []).append(bool(right))
         by_axis = {axis: sum(right) / len(right) for axis, right in sorted(axes.items())}
         return {"eval": result} | ({"by_axis": by_axis} if by_axis else {})
 

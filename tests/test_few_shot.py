@@ -56,6 +56,15 @@ def test_a_context_is_what_the_same_user_chose_on_other_pairs():
         assert contexts.draw(i, 2, random.Random(5)) == contexts.draw(i, 5, random.Random(5))[:2]
 
 
+def test_a_choice_is_never_in_its_own_context_whatever_came_before():
+    """A choice keeps the last turn only, so rows that differ before it are the same choice."""
+    turns = lambda text: [{"role": "user", "content": text},  # noqa: E731
+                          {"role": "assistant", "content": "ok"},
+                          {"role": "user", "content": "go on"}]
+    rows = [{"user": 1, "prompt": turns(text), "chosen": "x", "rejected": "y"} for text in "abc"]
+    assert few_shot.Contexts(rows).pools == [[], [], []]
+
+
 def test_a_context_from_another_source_has_the_same_users():
     rows = user_rows()
     a, b = ([r for r in rows if r["meta"]["group"] == g] for g in "ab")
@@ -117,7 +126,9 @@ def test_standardized_features_have_mean_0_and_deviation_1():
     encoder.standardize(x)
     found = encoder.normalize(x)
     assert torch.allclose(found.mean(0), torch.zeros(5), atol=1e-5)
-    assert torch.allclose(found.std(0), torch.ones(5), atol=1e-5)
+    assert torch.allclose(found.std(0, correction=0), torch.ones(5), atol=1e-5)
+    encoder.standardize(x[:1])
+    assert (encoder.scale == 1).all() and (encoder.normalize(x[:1]) == 0).all()
 
 
 def steered(seed=0):
@@ -497,6 +508,26 @@ def test_people_who_are_held_out_are_in_no_training_file(tmp_path, write_rows, c
     assert len(read["test"]) == 20 and all(row in read["val-b"] for row in read["test"])
     status, _, err = command(people, "--data", tmp_path, "--held_out", "8")
     assert status == 2 and "--held_out 8" in err
+
+
+@pytest.mark.parametrize(("name", "row", "named"), [
+    ("choices_train.jsonl", {"user": "1", "prompt": "?", "chosen": "new", "rejected": "N 0",
+                             "meta": {"group": "a"}}, "field 'chosen': not in statements"),
+    ("choices_train.jsonl", {"user": "1", "prompt": "?", "chosen": "N 2", "rejected": "N 0",
+                             "meta": {}}, "field 'meta.group'"),
+    ("statements.jsonl", {"statement": "a", "trait": 3, "facet": "b"}, "field 'trait'"),
+    ("answers_train.jsonl", {"person": 3, "answers": [1, 2]}, "field 'answers': must be a list"),
+    ("answers_train.jsonl", {"person": 3, "answers": [9] * 300}, "field 'answers': must be 1"),
+])  # fmt: skip
+def test_bad_data_of_people_is_named_and_nothing_is_written(
+    tmp_path, write_rows, command, name, row, named
+):
+    people_data(write_rows)
+    with (tmp_path / name).open("a") as f:
+        f.write(json.dumps(row) + "\n")
+    status, _, err = command(people, "--data", tmp_path, "--held_out", "2")
+    assert status == 2 and named in err and name in err and len(err.splitlines()) == 1
+    assert not Path("out").exists()
 
 
 def test_the_regression_minimises_its_objective():

@@ -461,7 +461,7 @@ def test_reference_stays_frozen_and_in_evaluation_mode(monkeypatch, passes):
 
         monkeypatch.setattr(train_dpo, name, watched)
 
-    watch("load_checkpoint")
+    watch("load_start")
     watch("from_weights")
     dpo("out/a", max_steps=3, eval_data="pairs.jsonl", eval_every=1)
     (policy, _, _), reference = models
