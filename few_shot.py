@@ -37,6 +37,9 @@ class Contexts:
 
         Raises UserError for a record that names no user.
         """
+        own = sum("examples" in record for record in records)
+        if own:
+            print(f"{own} of {len(records)} rows: their own examples give way to --context")
         source = records if source is None else source
         self.choices, by_user = list(map(choice, source)), defaultdict(list)
         for i, record in enumerate(source):
@@ -78,7 +81,10 @@ def with_context(records, n, source=None):
 
 
 def with_random_contexts(records, rows, most, seed):
-    """The records at `rows`, each time with 0 to `most` other choices of its user as `examples`."""
+    """The records at `rows`, each time with 0 to `most` other choices of its user as `examples`.
+
+    Examples that a record brings give way to them.
+    """
     contexts, rng = Contexts(records), random.Random(seed)
     alone = contexts.pools.count([])
     if alone:

@@ -33,9 +33,10 @@ class Options:
     metrics: tuple[str, ...] = ("flip_accuracy", "generated_axes_right")  # of the table, by key
 
     def __post_init__(self):
+        shares = [key for key in COLUMNS if key != "pairs"]
         for key in self.metrics:
-            if key not in COLUMNS:
-                raise UserError(f"--metrics {key}: must be among {', '.join(COLUMNS)}")
+            if key not in shares:
+                raise UserError(f"--metrics {key}: must be among {', '.join(shares)}")
 
 
 def read_evaluations(path):
@@ -72,11 +73,14 @@ def print_table(groups, metrics):
     for group in groups:
         name, _, folders = group.partition("=")
         runs[name] = [read_results(Path(folder) / "eval.json") for folder in folders.split(",")]
+    every = [results for group in runs.values() for results in group]
     metrics = {key: COLUMNS[key] for key in metrics
-               if any(r.get(key) is not None for rs in runs.values() for r in rs[0].values())}
+               if any(r.get(key) is not None for results in every for r in results.values())}
+    if not metrics:
+        raise UserError("--table: no run has any of these --metrics")
     heads = [f"{name}, {metric}" for metric in metrics.values() for name in runs]
     print("| split | " + " | ".join(heads) + " |\n|---|" + "---|" * len(heads))
-    for dataset in next(iter(runs.values()))[0]:
+    for dataset in dict.fromkeys(name for results in every for name in results):
         cells = []
         for metric in metrics:
             for results in runs.values():
@@ -85,6 +89,8 @@ def print_table(groups, metrics):
                 if not values:
                     cells.append("-")
                     continue
+                if len(values) < len(results):
+                    raise UserError(f"--table: {dataset}: not in all runs of one NAME")
                 spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.1f}{spread}")
         print(f"| `{dataset}` | " + " | ".join(cells) + " |")

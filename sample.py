@@ -5,7 +5,7 @@
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -84,21 +84,27 @@ def load_run(folder, device, dtype):
         if weights.name == "model.pt":
             model = from_weights(sizes, tensors.items(), device, dtype)
         else:
-            model, _, _ = load_checkpoint(reference_folder(folder, config), device, dtype)
+            model = load_base(folder, config, sizes, device, dtype)
             adapt(model, config["options"]["lora_rank"])
             if sizes.n_latent:
                 add_latent(model, sizes.n_latent)
-            if model.config != sizes:
-                raise ValueError("the starting model's config.json has changed")
             common.load_trained(model, tensors)
         if sizes.n_latent:
-            base, _, _ = load_checkpoint(reference_folder(folder, config), device, dtype)
+            base = load_base(folder, config, sizes, device, dtype)
             model.features = few_shot.Features(for_inference(base), tokenizer)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError,
             RuntimeError) as error:  # fmt: skip
         reason = common.first_line(error)
         raise UserError(f"{weights}: not the weights of its config.json: {reason}") from None
     return model, tokenizer, config
+
+
+def load_base(folder, config, sizes, device, dtype):
+    """The model that a run started from; ValueError when its sizes are not those of the run."""
+    model, _, _ = load_checkpoint(reference_folder(folder, config), device, dtype)
+    if replace(model.config, n_latent=sizes.n_latent) != sizes:
+        raise ValueError("the starting model's config.json has changed")
+    return model
 
 
 def load_tokenizer(folder):

@@ -199,8 +199,12 @@ def on_files(options, folder, device):
     base, tokenizer, _ = load_start(options.init_from, device)
     features = Features(for_inference(base), tokenizer)
     users = user_pairs(records, features)
+    again = len(records) - sum(map(len, users))
+    if again:
+        print(f"{options.pref_data}: left out {again} of {len(records)} rows on pairs that their "
+              "user had already chosen from")
     generator = torch.Generator().manual_seed(options.seed)
-    size = options.context + options.targets
+    size = min(options.context + options.targets, max(map(len, users)))
 
     def draw():
         """As many random pairs of random users as they have, up to `size`."""

@@ -349,6 +349,24 @@ def test_the_starting_model_reads_the_choices(users):
     assert (moved - expected).abs().max() > 0.01
 
 
+def test_a_starting_model_of_other_sizes_is_refused(users):
+    """Its weights are the same, but it would read the choices otherwise."""
+    dpo("out/a", **LATENT)
+    path = Path("tiny/config.json")
+    path.write_text(path.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 500.0'))
+    with pytest.raises(UserError, match="starting model's config.json has changed"):
+        sample.load_checkpoint("out/a", torch.device("cpu"))
+
+
+def test_examples_that_rows_bring_are_read_or_said_to_give_way(users, write_rows, capsys):
+    rows = few_shot.with_context(user_rows(), 3)
+    write_rows("own.jsonl", *rows)
+    dpo("out/a", pref_data="own.jsonl", latent=3)
+    assert "give way" not in capsys.readouterr().out
+    dpo("out/b", pref_data="own.jsonl", latent=3, context=2)
+    assert "42 of 42 rows: their own examples give way" in capsys.readouterr().out
+
+
 def test_choices_as_text_are_the_examples_tier(users, monkeypatch):
     """Plain DPO on prompts that hold 0 to 4 other choices; the reference sees them too."""
     seen, encode = [], data.encode

@@ -55,6 +55,15 @@ def test_table_from_several_runs(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| `x/val` | 60.0 (50.0 to 70.0) | - |" in out
     assert "| `world` | 60.0 (50.0 to 70.0) | 60.0 (50.0 to 70.0) |" in out
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/eval.json").write_text('{"results": {"y/val": {"flip_accuracy": 0.25}}}')
+    plot.main(plot.Options(table=(f"M={tmp_path / 'a'}", f"C={tmp_path / 'c'}")))
+    assert "| `y/val` | - | 25.0 |" in capsys.readouterr().out
+    for table, named in ((f"M={tmp_path / 'a'},{tmp_path / 'c'}", "not in all runs"),
+                         (f"M={tmp_path / 'c'}", "no run has")):
+        with pytest.raises(common.UserError, match=named):
+            plot.main(plot.Options(table=(table,), metrics=("generated_axes_right",)
+                                   if named == "no run has" else ("flip_accuracy",)))
 
 
 def test_figure_from_a_log(tmp_path):
