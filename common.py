@@ -87,6 +87,13 @@ def run(main, cls):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and (
+            "DefaultCPUAllocator" not in str(error)
+        ):
+            raise
+        print(f"error: out of memory: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
@@ -203,7 +210,10 @@ def finished(folder):
 
 
 def check_folder(folder, resume, overwrite, init_from=""):
-    """Raises UserError when the folder holds something and no option says what to do with it."""
+    """Raises UserError when the folder holds something and no option says what to do with it.
+
+    resume: None for a run that has no such option.
+    """
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     if init_from and folder.resolve() == Path(init_from).resolve():
@@ -219,8 +229,8 @@ def check_folder(folder, resume, overwrite, init_from=""):
     if names & set(WEIGHTS) and not overwrite:
         raise UserError(f"{folder}: holds a finished run; --overwrite replaces it")
     if names and not resume and not overwrite:
-        raise UserError(f"{folder}: is in use; --resume goes on with an unfinished run, "
-                        "--overwrite starts it again")
+        way = "" if resume is None else "--resume goes on with an unfinished run, "
+        raise UserError(f"{folder}: is in use; {way}--overwrite starts it again")
 
 
 def open_run(folder, resume, overwrite):

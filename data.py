@@ -209,14 +209,12 @@ RATED_FIELDS = {"instruction", "completions", "response", *ASPECTS}
 
 
 def read_responses(names):
-    """Records {meta-prompt, prompt, response} of SFT files; a preference pair gives its chosen."""
+    """Records {meta-prompt, prompt, response} of SFT files, or preference pairs."""
     records = []
     for path in map(Path, filter(None, names.split(","))):
         for line, fields in read_lines(path):
             if "chosen" in fields:
                 record = pair_record(fields, line)
-                record["response"] = record.pop("chosen")
-                del record["rejected"]
             else:
                 record = common_fields(fields, line)
                 record["prompt"] = take_prompt(fields, record, line)
@@ -225,6 +223,14 @@ def read_responses(names):
     if not records:
         raise UserError("--data: no rows to learn from")
     return records
+
+
+def chosen_as_response(record):
+    """A preference pair as an SFT row: its chosen answer; other records as they are."""
+    if "chosen" not in record:
+        return record
+    rest = {k: v for k, v in record.items() if k not in ("chosen", "rejected")}
+    return rest | {"response": record["chosen"]}
 
 
 def dataset_name(path):

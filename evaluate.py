@@ -75,7 +75,7 @@ def add_contexts(datasets, sizes, source=""):
 def pair_logps(model, examples, micro_tokens, progress="", z=None):
     """log p of the two answers of each example: (pairs, 2) float32 on the CPU, nats.
 
-    z (pairs, n_latent) steers the model.
+    z (pairs, n_latent) steers the model. Raises UserError when they are not finite.
     """
     device = model.embedding.weight.device
     logps = torch.empty(len(examples), 2)
@@ -85,6 +85,9 @@ def pair_logps(model, examples, micro_tokens, progress="", z=None):
         trees = pack([examples[i].tree for i in rows], device)
         trees.z = None if z is None else z[rows]
         logps[rows] = answer_logps(model, trees).view(-1, 2).float().cpu()
+    if not logps.isfinite().all():
+        raise UserError("log-probabilities are not finite: the weights are broken, or --precision "
+                        "is too low for them")
     return logps
 
 

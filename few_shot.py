@@ -23,7 +23,11 @@ def choice(record):
     """A record as one of its user's earlier choices, an entry of `examples`.
 
     Of several turns it has the last one; the meta-prompt and label_prob are not part of it.
+    Raises UserError for a record that is not a pair of answers.
     """
+    if "chosen" not in record:
+        raise UserError(f"{record.get('where', 'a record')}: field 'chosen': missing; a user's "
+                        "earlier choices are pairs of answers")
     prompt = record["prompt"]
     prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     return {"prompt": prompt, "chosen": record["chosen"], "rejected": record["rejected"]}

@@ -17,6 +17,7 @@ import torch
 import common
 import data
 import few_shot
+import train_btl
 from common import UserError
 
 
@@ -35,6 +36,8 @@ class Options:
 
 
 SIZES = (0, 1, 3, 5, 10, 20)  # choices known
+NP_BTL = train_btl.Options(context=20, targets=20, steps=100, n_layer=2, learning_rate=3e-3)
+NP_SEEDS = 3
 RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0)  # candidates for the regression's regularisation
 
 
@@ -147,12 +150,11 @@ def accuracy(records, table, prior, ridge):
     return ((differences(records, table) * w).sum(1) > 0).float().mean().item()
 
 
-def baselines(files, train_b, statements, answers):
+def baselines(files, train_b, table):
     """{kind of context: {N: accuracy}} of the regression, and what was chosen on the way.
 
     Prior and regularisation come from the people of training.
     """
-    table = trait_features(statements, answers)
     x = differences(files["train"], table)
     population = fit(x[None], torch.zeros(1, x.shape[1]), 1.0)
     tuning = few_shot.with_context(train_b[::10], 10, files["train"])
@@ -174,6 +176,41 @@ def popularity(records, statements, answers):
     return float(np.mean([mean[r["chosen"]] > mean[r["rejected"]] for r in records]))
 
 
+# ---------------------------------------------------------------- NP-BTL on the same features
+
+
+@torch.no_grad()
+def reward_accuracy(model, records, features):
+    """Share of records that a reward model steered by their `examples` gets right."""
+    rewards = model(features(records), few_shot.latents(model, records, features))
+    return (rewards[:, 0] > rewards[:, 1]).float().mean().item()
+
+
+def neural_process(files, table, seed):
+    """{kind of context: {N: accuracy}} of NP-BTL, which sees of a statement what its row has."""
+
+    def features(choices):
+        rows = [table[choice[side]] for choice in choices for side in ("chosen", "rejected")]
+        return torch.stack(rows).unflatten(0, (-1, 2)) if rows else torch.zeros(0, 2, n_features)
+
+    n_features = len(next(iter(table.values())))
+    users = train_btl.user_pairs(files["train"], features)
+    model = train_btl.train_on_users(NP_BTL, users, seed, torch.device("cpu"))
+    return {f"context from {kind}": {
+        n: reward_accuracy(model, few_shot.with_context(files["test"], n, files[f"val-{kind}"]),
+                           features)
+        for n in SIZES} for kind in ("a", "b")}
+
+
+# ---------------------------------------------------------------- main
+
+
+def print_lines(found):
+    for kind in ("context from a", "context from b"):
+        cells = "".join(f"{100 * x:7.1f}" for x in found[kind].values())
+        print(f"{'  ' + kind:<32}{cells}")
+
+
 def main(options):
     folder, out = Path(options.data), Path(options.out_dir)
     if not options.data:
@@ -189,7 +226,9 @@ def main(options):
     trained = {str(row["user"]) for row in files["train"]}
     answers = read_answers(folder / "answers_train.jsonl", len(statements), trained)
     train_b = [r for r in records if str(r["user"]) in trained and r["meta"]["group"] == "b"]
-    found = baselines(files, train_b, statements, answers)
+    table = trait_features(statements, answers)
+    found = baselines(files, train_b, table)
+    found["NP-BTL"] = [neural_process(files, table, seed) for seed in range(NP_SEEDS)]
     found["popularity"] = popularity(files["test"], statements, answers)
 
     try:
@@ -206,9 +245,10 @@ def main(options):
 
     print(f"\nright choices on {out / 'test'}.jsonl, %, by number of choices known\n"
           f"{'logistic regression on traits':<32}" + "".join(f"{n:>7}" for n in SIZES))
-    for kind in ("a", "b"):
-        cells = "".join(f"{100 * x:7.1f}" for x in found[f"context from {kind}"].values())
-        print(f"{'  context from ' + kind:<32}{cells}")
+    print_lines(found)
+    print(f"NP-BTL on traits, mean of {NP_SEEDS} seeds")
+    print_lines({kind: {n: sum(run[kind][n] for run in found["NP-BTL"]) / NP_SEEDS for n in SIZES}
+                 for kind in found["NP-BTL"][0]})
     print(f"the statement that the people of training agree with more: "
           f"{100 * found['popularity']:.1f}")
 

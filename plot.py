@@ -2,7 +2,8 @@
 
     python plot.py --run out/dpo --figure assets/listening.png
     python plot.py --prefix prefix.log --figure assets/prefix.png
-    python plot.py --latent out/np-dpo --figure assets/latent.png
+    python plot.py --latent out/np --figure assets/latent.png
+    python plot.py --choices NP-DPO=out/np text=out/text --figure assets/choices.png
     python plot.py --table SFT=out/sft DPO=out/dpo,out/dpo-1,out/dpo-2
 """
 
@@ -29,8 +30,9 @@ class Options:
     figure: str = "assets/listening.png"  # picture to write
     prefix: str = ""  # what `bench.py prefix` printed: draw that instead
     latent: str = ""  # folder of an NP-DPO run on the world's users: draw its latent instead
+    choices: tuple[str, ...] = ()  # NAME=DIR[,DIR...]: draw these runs by --context N
     table: tuple[str, ...] = ()  # NAME=DIR[,DIR...]: print these runs, mean and spread over DIRs
-    metrics: tuple[str, ...] = ("flip_accuracy", "generated_axes_right")  # of the table, by key
+    metrics: tuple[str, ...] = ("flip_accuracy", "generated_axes_right")  # by key
 
     def __post_init__(self):
         shares = [key for key in COLUMNS if key != "pairs"]
@@ -67,12 +69,18 @@ def draw(axes, steps, curves, title, chance):
     axes.legend(fontsize=8, loc="lower right")
 
 
-def print_table(groups, metrics):
-    """Markdown: a line for each dataset and, for each group of runs, mean (least to most)."""
+def read_groups(groups):
+    """{NAME: [results of each run]} of NAME=DIR[,DIR...]."""
     runs = {}
     for group in groups:
         name, _, folders = group.partition("=")
         runs[name] = [read_results(Path(folder) / "eval.json") for folder in folders.split(",")]
+    return runs
+
+
+def print_table(groups, metrics):
+    """Markdown: a line for each dataset and, for each group of runs, mean (least to most)."""
+    runs = read_groups(groups)
     every = [results for group in runs.values() for results in group]
     metrics = {key: COLUMNS[key] for key in metrics
                if any(r.get(key) is not None for results in every for r in results.values())}
@@ -106,6 +114,8 @@ def main(options):
         raise UserError("plot.py needs matplotlib: pip install -r requirements-dev.txt") from None
     if options.latent:
         figure = draw_latent(plt, options.latent)
+    elif options.choices:
+        figure = draw_choices(plt, options.choices, options.metrics)
     elif options.prefix:
         figure = draw_prefix(plt, Path(options.prefix))
     else:
@@ -147,6 +157,42 @@ def draw_run(plt, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     draw(left, steps, splits, "both rows of a flip right, by split", 0.25)
     draw(right, steps, by_axis, "pairs right that differ on one axis", 0.5)
+    return figure
+
+
+def by_size(runs, metric):
+    """{N: [value of each run that has it]} over their datasets `NAME, N=size`."""
+    found = {}
+    for results in runs:
+        for name, result in results.items():
+            size = name.rpartition(", N=")[2]
+            if size != name and result.get(metric) is not None:
+                found.setdefault(int(size), []).append(100 * result[metric])
+    return dict(sorted(found.items()))
+
+
+def draw_choices(plt, groups, metrics):
+    """Each metric by the number of choices known: mean over the runs of a NAME, least to most."""
+    groups = read_groups(groups)
+    metrics = [key for key in metrics if any(by_size(runs, key) for runs in groups.values())]
+    if not metrics:
+        raise UserError("--choices: no run has any of these --metrics for several --context")
+    sizes = {n for runs in groups.values() for n in by_size(runs, metrics[0])}
+    figure, panels = plt.subplots(1, len(metrics), figsize=(5.5 * len(metrics), 4), squeeze=False,
+                                  constrained_layout=True)  # fmt: skip
+    for axes, metric in zip(panels[0], metrics, strict=True):
+        for name, runs in groups.items():
+            found = by_size(runs, metric)
+            if found:
+                means = list(map(statistics.mean, found.values()))
+                [line] = axes.plot(list(found), means, marker="o", markersize=3, label=name)
+                axes.fill_between(list(found), list(map(min, found.values())),
+                                  list(map(max, found.values())), color=line.get_color(), alpha=0.2)
+        if metric == "accuracy" and all("users, N=0" in run for run in sum(groups.values(), [])):
+            bound = [100 * world.user_bound(n) for n in sorted(sizes)]
+            axes.plot(sorted(sizes), bound, color="grey", linestyle=":", label="best possible")
+        axes.set(xlabel="choices known", ylabel=f"{COLUMNS[metric]}, %", xticks=sorted(sizes))
+        axes.legend(fontsize=8)
     return figure
 
 

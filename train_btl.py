@@ -188,6 +188,24 @@ def user_pairs(records, features):
     return [features(list(found.values())) for found in by_user.values()]
 
 
+def train_on_users(options, users, seed, device, log=None):
+    """A reward model of users' choices, [(n, 2, F)]: a step has random ones of random users."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(options.context + options.targets, max(map(len, users)))
+    n_features = users[0].shape[2]
+
+    def draw():
+        pairs = users[0].new_zeros(options.batch_size, size, 2, n_features)
+        present = pairs.new_zeros(pairs.shape[:2])
+        for i in range(options.batch_size):
+            own = users[torch.randint(len(users), (), generator=generator)]
+            order = torch.randperm(len(own), generator=generator)[:size]
+            pairs[i, : len(order)], present[i, : len(order)] = own[order], 1
+        return pairs, present
+
+    return train(options, n_features, draw, seed, device, log)
+
+
 def on_files(options, folder, device):
     """Train on the choices of the users of files; writes a run's folder."""
     if not options.init_from:
@@ -203,29 +221,16 @@ def on_files(options, folder, device):
     if again:
         print(f"{options.pref_data}: left out {again} of {len(records)} rows on pairs that their "
               "user had already chosen from")
-    generator = torch.Generator().manual_seed(options.seed)
-    size = min(options.context + options.targets, max(map(len, users)))
-
-    def draw():
-        """As many random pairs of random users as they have, up to `size`."""
-        pairs = features.table.new_zeros(options.batch_size, size, 2, features.table.shape[1])
-        present = pairs.new_zeros(pairs.shape[:2])
-        for i in range(options.batch_size):
-            own = users[torch.randint(len(users), (), generator=generator)]
-            order = torch.randperm(len(own), generator=generator)[:size]
-            pairs[i, : len(order)], present[i, : len(order)] = own[order], 1
-        return pairs, present
-
     config = {
         "stage": "np-btl", "options": dataclasses.asdict(options),
         "model": {"n_features": features.table.shape[1], "n_latent": options.latent,
                   "n_hidden": options.n_hidden, "n_layer": options.n_layer},
         "tokenizer": tokenizer.describe(), "reference": start_of(options.init_from, folder),
     }  # fmt: skip
-    common.open_run(folder, False, options.overwrite)
+    common.open_run(folder, None, options.overwrite)
     common.save_json(folder / "config.json", config | common.provenance())
     log = common.Log(folder, 0)
-    model = train(options, features.table.shape[1], draw, options.seed, device, log)
+    model = train_on_users(options, users, options.seed, device, log)
     common.finish_run(folder, model)
 
 
@@ -236,9 +241,9 @@ def main(options):
         raise UserError("--out_dir is required on other data than the synthetic task")
     device, folder = common.pick_device(options.device), Path(options.out_dir or "out/btl")
     start = time.perf_counter()
-    common.check_folder(folder, False, options.overwrite, options.init_from)
+    common.check_folder(folder, None, options.overwrite, options.init_from)
     if options.pref_data == "synthetic":
-        common.open_run(folder, False, options.overwrite)
+        common.open_run(folder, None, options.overwrite)
         synthetic(options, folder, device)
     else:
         on_files(options, folder, device)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 import common
 import data
 import distributed
+import few_shot
 import world
 from common import UserError
 from model import ModelConfig, Transformer, adapt, answer_token_logps, pack
@@ -24,7 +25,8 @@ from sample import load_start, start_of
 class Options:
     """Supervised fine-tuning on prompts and responses, from scratch or from a checkpoint."""
 
-    data: str = "world"  # world, or files of {prompt, response}, separated by commas
+    data: str = "world"  # world, users, told, or files of {prompt, response}, separated by commas
+    context: int = 0  # few-shot: show up to this many other choices of a row's user
     init_from: str = "scratch"  # scratch, finished run, Hugging Face folder or org/name
     tokenizer: str = "world"  # from scratch: world, gpt2 or a FILE.tiktoken
     out_dir: str = ""  # folder of this run; default for the world: out/sft
@@ -59,7 +61,7 @@ class Options:
         )  # fmt: skip
         common.at_least(
             self, 0, "epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay",
-            "clip", "seed", "lora_rank", "block_size",
+            "clip", "seed", "lora_rank", "block_size", "context",
         )  # fmt: skip
         if self.fsdp and self.lora_rank:
             raise UserError("--fsdp trains the whole model: leave out --lora_rank")
@@ -103,13 +105,23 @@ def main(options):
     block_size = min(options.block_size or model.config.block_size, model.config.block_size)
 
     # 3. Data.
-    in_world = options.data == "world"
-    records = world.sft_rows() if in_world else data.read_responses(options.data)
-    examples = data.encode_all(records, tokenizer, block_size, options.data)
+    if options.data == "world":
+        records = world.sft_rows()
+    elif options.data in world.DATA:
+        records = world.DATA[options.data][0]()
+    else:
+        records = data.read_responses(options.data)
     order = common.DataOrder(
-        [[i] for i in range(len(examples))],
+        [[i] for i in range(len(records))],
         options.batch_size, options.epochs, options.max_steps, options.seed,
     )  # fmt: skip
+    if options.context:  # drawn anew each time that a row is taken
+        records = few_shot.with_random_contexts(
+            records, order.rows, options.context, options.seed
+        )
+        order.rows = list(range(len(records)))
+    records = [data.chosen_as_response(record) for record in records]
+    examples = data.encode_all(records, tokenizer, block_size, options.data)
 
     # 4. Optimizer, and the folder of the run.
     optimizer = common.adamw(model, options.learning_rate, options.weight_decay)

@@ -573,6 +573,11 @@ def user_pairs(evaluation=False, told=False):
     return rows
 
 
+def user_bound(n):
+    """Best possible accuracy on `user_pairs` with n choices known."""
+    return 1 - 0.8**n / 2
+
+
 # Data of the world by the name that scripts know it by: what trains, {name: what evaluates}.
 DATA = {
     "world": (training_pairs, {split: partial(evaluation_pairs, split) for split in SPLITS}),

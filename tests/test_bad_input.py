@@ -4,6 +4,7 @@ import errno
 import fcntl
 import gzip
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -257,6 +258,15 @@ def test_truncated_weights(refused, tiny_run, size):
     whole = path.read_bytes()
     path.write_bytes(whole[:size])
     check_all_refuse(refused, tiny_run, "model.pt")
+
+
+def test_weights_that_are_not_finite(command, tiny_run, write_rows):
+    weights = torch.load(tiny_run / "model.pt", weights_only=True)
+    torch.save({name: x * math.nan for name, x in weights.items()}, tiny_run / "model.pt")
+    rows = write_rows("rows.jsonl", PAIR)
+    status, _, err = command(evaluate, "--ckpt", tiny_run, "--pref_data", rows, "--device", "cpu")
+    assert status == 2 and "error: log-probabilities are not finite" in err
+    assert not (tiny_run / "eval.json").exists()
 
 
 def test_weights_of_another_model(refused, tiny_run):
@@ -521,6 +531,7 @@ OTHER_BAD_OPTIONS = (
     (sample, "--top_k", ("--top_k", "-1")),
     (sample, "--samples", ("--samples", "0")),
     (sample, "--preference", ("--preference",)),
+    (train_sft, "out of memory", ("--n_embd", "1000000000000")),
     (data, "--rows", ("--rows", "-1")),
     (data, "--block_size", ("--block_size", "0")),
 )

@@ -283,6 +283,10 @@ def test_a_reward_model_of_files_is_evaluated_like_the_others(users, command):
     assert few["accuracy"] == few["flip_accuracy"] == 1.0
     assert none["flip_accuracy"] == 0.0 and few["accuracy_no_preference"] == 0.5
     assert few["rewards_accuracy"] is None  # there is no reference
+    Path("out/started").mkdir()
+    Path("out/started/log.jsonl").write_text("")
+    status, _, err = command(train_btl, *run_btl[:4], "--out_dir", "out/started")
+    assert status == 2 and "is in use" in err and "--resume" not in err
     for arguments, named in ((run_btl, "--overwrite"), (run_btl[:2], "--out_dir"),
                              ((*run_btl[:2], "--out_dir", "out/q"), "--init_from"),
                              (("--out_dir", "out/r"), "out/r")):  # fmt: skip
@@ -380,6 +384,20 @@ def test_choices_as_text_are_the_examples_tier(users, monkeypatch):
     assert sample.load_checkpoint("out/a", torch.device("cpu"))[0].encoder is None
 
 
+def test_sft_learns_chosen_answers_behind_choices(users, monkeypatch, write_rows):
+    seen, encode = [], data.encode
+    monkeypatch.setattr(data, "encode", lambda row, *rest: seen.append(row) or encode(row, *rest))
+    sft("out/a", data="users.jsonl", context=4, epochs=2.0)
+    chosen = {(row["user"], row["prompt"]): row["chosen"] for row in user_rows()}
+    assert {len(row["examples"]) for row in seen[:84]} == {0, 1, 2, 3, 4}
+    for row in seen[:84]:
+        assert row["response"] == chosen[row["user"], row["prompt"]] and "rejected" not in row
+        assert all(choice["prompt"] != row["prompt"] for choice in row["examples"])
+    write_rows("sft.jsonl", {"prompt": "a", "response": "b", "user": "c"})
+    with pytest.raises(UserError, match=r"sft.jsonl:1: field 'chosen': missing"):
+        sft("out/b", data="sft.jsonl", context=4)
+
+
 @pytest.mark.parametrize("latent", [0, 3])
 def test_sample_reads_examples_as_the_checkpoint_was_trained(users, latent, command, write_rows):
     dpo("out/a", pref_data="users.jsonl", context=4, latent=latent, epochs=8.0, learning_rate=5e-3)
@@ -473,6 +491,24 @@ def test_the_figure_of_a_latent(users, command):
     assert status == 2 and "has no latent" in err
 
 
+def test_the_figure_of_choices_has_mean_and_spread_of_runs(workplace, command):
+    pytest.importorskip("matplotlib").use("Agg")
+    for run_dir, shares in (("a", (0.5, 0.7)), ("b", (0.5, 0.9)), ("none", ())):
+        results = {f"users, N={n}": {"accuracy": share, "generated_axes_right": None}
+                   for n, share in zip((0, 4), shares, strict=False)} or {"users": {"accuracy": 1}}
+        Path(run_dir).mkdir()
+        Path(run_dir, "eval.json").write_text(json.dumps({"results": results}))
+    runs = plot.read_groups(["both=a,b"])["both"]
+    assert plot.by_size(runs, "accuracy") == {0: [50, 50], 4: [70, 90]}
+    assert plot.by_size(runs, "generated_axes_right") == {}
+    status, _, err = command(plot, "--choices", "both=a,b", "one=a", "--figure", "choices.png",
+                             "--metrics", "accuracy", "generated_axes_right")  # fmt: skip
+    assert status == 0, err
+    assert Path("choices.png").read_bytes().startswith(b"\x89PNG")
+    status, _, err = command(plot, "--choices", "x=none", "--figure", "no.png")
+    assert status == 2 and "--choices" in err and len(err.splitlines()) == 1
+
+
 def test_on_the_way_between_two_latents_answers_change(monkeypatch):
     """At the ends the answers are those of the ends."""
     texts = [world.write_answer(world.draw_content(random.Random(0), True), style) for style in (
@@ -498,7 +534,8 @@ def people_data(write_rows, n_people=8):
         level = {trait: rng.choice((-1, 1)) for trait in "NEOAC"}
         given = [3 + 2 * level[s["trait"]] * (-1) ** (i % 2) for i, s in enumerate(statements)]
         answers.append({"person": person, "answers": given})
-        for group, half in (("a", range(0, 150)), ("b", range(150, 300))):
+        for first, group in enumerate("ab"):
+            half = [i for i in range(300) if i // 2 % 2 == first]
             for _ in range(30):
                 i, j = rng.sample(half, 2)
                 if given[i] != given[j]:
@@ -568,3 +605,14 @@ def test_the_sign_of_a_statement_is_found_from_answers(tmp_path, write_rows):
         own = [s["statement"] for s in statements if s["trait"] == trait]
         signs = [table[text][table[text] != 0][0].item() for text in own]
         assert len(set(signs[::2])) == len(set(signs[1::2])) == 1 and signs[0] == -signs[1]
+
+
+def test_a_neural_process_on_traits_infers_what_a_person_is_like(tmp_path, write_rows):
+    records = people_data(write_rows, 200)
+    statements = [json.loads(line) for line in (tmp_path / "statements.jsonl").open()]
+    rows = [json.loads(line) for line in (tmp_path / "answers_train.jsonl").open()]
+    answers = torch.tensor([row["answers"] for row in rows], dtype=torch.float64).numpy()
+    files = people.split(records, 50, 10, 0)
+    found = people.neural_process(files, people.trait_features(statements, answers), seed=0)
+    for kind in ("context from a", "context from b"):  # no statement of b is in training
+        assert found[kind][0] < 0.6 < 0.65 < found[kind][20]
