@@ -118,15 +118,23 @@ def take_turns(sides, rounds, *arguments):
     return found
 
 
+def as_torch_comes():
+    """For the peers' processes: attention as it is where our model.py is not imported."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 def matmul_peak(device, precision):
-    """Floating-point operations a second of a product of 2048-square matrices, the best of ten."""
+    """Floating-point operations a second in products of square matrices, the best of ten times."""
+    size, products = (2048, 1) if device == "cpu" else (8192, 10)  # a launch costs a GPU nothing
     dtype = common.PRECISIONS[precision]
-    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = 0.0
     for _ in range(10):
         start = time.perf_counter()
-        (a @ b)[0, 0].item()
-        best = max(best, 2 * 2048**3 / (time.perf_counter() - start))
+        for _ in range(products):
+            c = a @ b
+        c[0, 0].item()
+        best = max(best, products * 2 * size**3 / (time.perf_counter() - start))
     return best
 
 
@@ -204,6 +212,7 @@ def train_trl(job):
         def _prepare_dataset(self, dataset, *args):
             return dataset  # it is tokenised already
 
+    as_torch_comes()
     os.chdir(job.folder)
     examples, order = encoded_rows(job)
     rows = [examples[i] for i in order]
@@ -336,6 +345,7 @@ def sample_transformers(init_from, prompts, device, precision):
     """The same by `generate` of transformers, padded on the left."""
     import transformers
 
+    as_torch_comes()
     load = transformers.AutoModelForCausalLM.from_pretrained
     model = load(init_from, dtype=common.PRECISIONS[precision]).to(device).eval()
     model.generation_config.eos_token_id = None
@@ -390,6 +400,9 @@ def time_passes(run):
     for n in ANSWERS:
         for size in PREFIXES:
             work = draw(size), [draw(ANSWER) for _ in range(n)]
+            if torch.cuda.is_available():  # which loads and chooses kernels at the first time
+                run(*work)
+                wait()
             start = time.perf_counter()
             run(*work)
             wait()
@@ -415,6 +428,7 @@ def prefix_transformers(init_from, device, precision):
     """A row for each answer, at most 4,096 tokens at once, logits where an answer is predicted."""
     import transformers
 
+    as_torch_comes()
     device = torch.device(device)
     model = transformers.AutoModelForCausalLM.from_pretrained(init_from, dtype=torch.float32)
     model.to(device).train()
@@ -532,6 +546,10 @@ def print_result(result):
 def main(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
+    if device.type == "cuda":  # the processes of the measurements see this one card
+        cards = os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1,2,3,4,5,6,7"
+        os.environ["CUDA_VISIBLE_DEVICES"] = cards.split(",")[device.index]
+        device = torch.device("cuda:0")
     needed = {"memory": (), "prefix": ("init_from",)}.get(options.what, ("init_from", "pref_data"))
     for name in needed:
         if not getattr(options, name):

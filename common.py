@@ -71,8 +71,8 @@ def at_least(options, least, *names):
     """Raise UserError for an option that is smaller than `least`, too large, or not a number."""
     for name in names:
         value = getattr(options, name)
-        if not least <= value < 2**63:  # NaN compares as false
-            raise UserError(f"--{name} must be at least {least} and below 2**63, not {value}")
+        if not least <= value < 2**31:  # NaN compares as false
+            raise UserError(f"--{name} must be at least {least} and below 2**31, not {value}")
 
 
 def run(main, cls):
@@ -88,9 +88,8 @@ def run(main, cls):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and (
-            "DefaultCPUAllocator" not in str(error)
-        ):
+        no_memory = "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)
+        if not isinstance(error, MemoryError) and not no_memory:
             raise
         print(f"error: out of memory: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
@@ -381,6 +380,8 @@ def update(model, optimizer, scaler, clip, rate):
         raise UserError("the gradient is not finite: lower --learning_rate")
     scaler.step(optimizer)
     scaler.update()
+    if scaler.is_enabled() and scaler.get_scale() < 1:  # 65,536 at first, halved by each such step
+        raise UserError("the gradient is never finite: lower --learning_rate")
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
 

@@ -209,7 +209,10 @@ RATED_FIELDS = {"instruction", "completions", "response", *ASPECTS}
 
 
 def read_responses(names):
-    """Records {meta-prompt, prompt, response} of SFT files, or preference pairs."""
+    """Records of SFT files: meta-prompt, prompt, and `response` or `chosen` and `rejected`.
+
+    Raises UserError that names the line.
+    """
     records = []
     for path in map(Path, filter(None, names.split(","))):
         for line, fields in read_lines(path):

@@ -17,9 +17,9 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def start(device):
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
@@ -47,7 +47,7 @@ def spread(model, fsdp):
     if WORLD == 1:
         return model
     if not fsdp:
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model, broadcast_buffers=False)
     from torch.distributed.fsdp import fully_shard  # slow to import
 
     mesh = dist.device_mesh.init_device_mesh(model.embedding.weight.device.type, (WORLD,))

@@ -62,9 +62,9 @@ def add_contexts(datasets, sizes, source=""):
     The choices are the user's others, or those in the files `source`. Several sizes are several
     datasets, named `NAME, N=size`.
     """
-    source = source and [row for _, rows in load_preferences(source) for row in rows]
+    source = [row for _, rows in load_preferences(source) for row in rows] if source else None
     return [(f"{name}, N={n}" if len(sizes) > 1 else name,
-             few_shot.with_context(records, n, source or None))
+             few_shot.with_context(records, n, source))
             for name, records in datasets for n in sizes]
 
 
@@ -78,17 +78,17 @@ def pair_logps(model, examples, micro_tokens, progress="", z=None):
     z (pairs, n_latent) steers the model. Raises UserError when they are not finite.
     """
     device = model.embedding.weight.device
-    logps = torch.empty(len(examples), 2)
+    logps = torch.empty(len(examples), 2, device=device)
     batches = data.micro_batches(examples, micro_tokens)
     hidden = not progress or distributed.RANK > 0
     for rows in tqdm(batches, desc=progress, leave=False, disable=hidden):
         trees = pack([examples[i].tree for i in rows], device)
         trees.z = None if z is None else z[rows]
-        logps[rows] = answer_logps(model, trees).view(-1, 2).float().cpu()
+        logps[rows] = answer_logps(model, trees).view(-1, 2)
     if not logps.isfinite().all():
         raise UserError("log-probabilities are not finite: the weights are broken, or --precision "
                         "is too low for them")
-    return logps
+    return logps.cpu()
 
 
 def pair_logps_once(model, examples, micro_tokens, progress=""):

@@ -34,24 +34,32 @@ def choice(record):
 
 
 class Contexts:
-    """For each record the choices that its user made elsewhere: never on the same pair."""
+    """For each record the choices that its user made elsewhere.
+
+    Between the answers of the same pair, or to the same prompt with one of them, is not elsewhere:
+    who prefers A to B tells something of A against C.
+    """
 
     def __init__(self, records, source=None):
         """`source` are the records to take choices from; default: the records themselves.
 
-        Raises UserError for a record that names no user.
+        A pair on which a user chose several times counts once. Raises UserError for a record that
+        names no user or is not a pair.
         """
-        own = sum("examples" in record for record in records)
-        if own:
-            print(f"{own} of {len(records)} rows: their own examples give way to --context")
+        given = sum("examples" in record for record in records)
+        if given:
+            print(f"{given} of {len(records)} rows: their own examples give way to choices of "
+                  "their users")
         source = records if source is None else source
-        self.choices, by_user = list(map(choice, source)), defaultdict(list)
+        self.choices, by_user = list(map(choice, source)), defaultdict(dict)
         for i, record in enumerate(source):
-            by_user[self.user(record)].append(i)
-        pairs, self.pools = list(map(self.pair, self.choices)), []
+            by_user[self.user(record)].setdefault(self.pair(self.choices[i]), i)
+        self.pools = []
         for record in records:
-            own, others = self.pair(choice(record)), by_user.get(self.user(record), ())
-            self.pools.append([i for i in others if pairs[i] != own])
+            prompt, *answers = self.pair(choice(record))
+            others = by_user.get(self.user(record), {})
+            self.pools.append([i for (its_prompt, *its_answers), i in others.items()
+                               if its_prompt != prompt or not {*its_answers} & {*answers}])
 
     @staticmethod
     def user(record):

@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+# Under a mask cuDNN's attention can give NaN gradients (pytorch/pytorch issue 196678), and it plans
+# anew for every shape; flash and memory-efficient attention remain.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -428,7 +432,8 @@ class Transformer(nn.Module):
         x = self.embedding(trees.tokens)  # (T, C)
         for i, block in enumerate(self.blocks):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, trees, cos, sin, use_reentrant=False)
+                x = checkpoint(block, x, trees, cos, sin, use_reentrant=False,
+                               preserve_rng_state=False)  # there is no dropout
             else:
                 x = block(x, trees, cos, sin, None if cache is None else cache[i])
         return self.norm(x)
@@ -544,19 +549,19 @@ class Packed:
 
 @torch.no_grad()
 def for_inference(model, sampling=False):
-    """On a CPU, lay the weights of the linear layers out as oneDNN likes them; returns the model.
+    """Make adapters part of the weights, which on a CPU oneDNN lays out anew; returns the model.
 
-    Few rows then run up to three times as fast, many a little faster. Adapters become part of the
-    weights. For sampling there is a second copy of the head, and of all float32 weights. The model
-    cannot be trained or saved any more.
+    Few rows then run up to three times as fast, many a little faster. For sampling there is a
+    second copy of the head, and of all float32 weights. The model cannot be trained or saved any
+    more.
     """
+    adapt(model, 0)
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     kinds = {module.weight.dtype for module in linears if module.weight is not None}
     possible = model.embedding.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if possible and torch.bfloat16 in kinds:
         possible = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if possible and kinds:
-        adapt(model, 0)
         for module in linears:
             module.packed, module.weight = Packed(module.weight.detach(), sampling), None
         if sampling:

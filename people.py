@@ -1,6 +1,6 @@
 """Real people: which of two statements about oneself would this person rather say?
 
-    python people.py --data $DATA/people     # writes out/people/*.jsonl, prints simple baselines
+    python people.py --data $DATA/people     # writes out/people/*.jsonl, prints what traits tell
 
 Training has the choices of some people between statements of group a; tested are others, on
 statements of group b that no training row has, with their choices from group a or b as context.
@@ -9,6 +9,7 @@ statements of group b that no training row has, with their choices from group a 
 import json
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -65,11 +66,18 @@ def read_answers(path, n_statements, people):
             found.append(answers)
     if not found:
         raise UserError(f"{path}: no answers of the people of training")
-    return np.array(found, dtype=float)
+    found = np.array(found, dtype=float)
+    if np.isnan(found).all(axis=0).any():
+        raise UserError(f"{path}: statement {np.isnan(found).all(axis=0).argmax()}: no person of "
+                        "training answers it")
+    return found
 
 
 def split(records, held_out, test_rows, seed):
-    """{file name: records}: the people of `val-*` are not in `train`, `test` is part of `val-b`."""
+    """{file name: records}: the people of `val-*` are not in `train`, `test` is part of `val-b`.
+
+    Raises UserError where there are too few people, or a group or user is missing.
+    """
     people = sorted({str(few_shot.Contexts.user(record)) for record in records})
     if len(people) <= held_out:
         raise UserError(f"--held_out {held_out}: there are {len(people)} people")
@@ -99,7 +107,7 @@ def split(records, held_out, test_rows, seed):
 
 
 def trait_features(statements, answers):
-    """{statement: (traits + facets,) 1 or -1 at its own}, the sign from how people answer it.
+    """{statement: (traits + facets,) float32}: its sign at its trait and its facet, else 0.
 
     answers: (people, statements), agreement 1 to 5, NaN where missing. A statement's sign is that
     of its loading on the first principal component of its trait.
@@ -119,10 +127,17 @@ def trait_features(statements, answers):
     return table
 
 
+def pair_features(choices, table):
+    """(n, 2, features) of the statements chosen and those passed over."""
+    rows = [table[choice[side]] for choice in choices for side in ("chosen", "rejected")]
+    n_features = len(next(iter(table.values())))
+    return torch.stack(rows).unflatten(0, (-1, 2)) if rows else torch.zeros(0, 2, n_features)
+
+
 def differences(choices, table):
-    """(n, features) of the statement chosen minus those of the one passed over."""
-    rows = [table[choice["chosen"]] - table[choice["rejected"]] for choice in choices]
-    return torch.stack(rows) if rows else torch.zeros(0, len(next(iter(table.values()))))
+    """(n, features) of the statements chosen minus those passed over."""
+    chosen, rejected = pair_features(choices, table).unbind(1)
+    return chosen - rejected
 
 
 def fit(x, prior, ridge, steps=12):
@@ -142,7 +157,7 @@ def fit(x, prior, ridge, steps=12):
 
 
 def accuracy(records, table, prior, ridge):
-    """Share of records that the regression on their `examples` gets right."""
+    """Share of records that the regression on their `examples` gets right; a tie is wrong."""
     x = torch.nn.utils.rnn.pad_sequence(
         [differences(record["examples"], table) for record in records], batch_first=True
     )
@@ -150,23 +165,19 @@ def accuracy(records, table, prior, ridge):
     return ((differences(records, table) * w).sum(1) > 0).float().mean().item()
 
 
-def baselines(files, train_b, table):
-    """{kind of context: {N: accuracy}} of the regression, and what was chosen on the way.
+def regression(train, train_b, tests, table):
+    """({kind of context: {N: accuracy}}, the ridge that was chosen).
 
-    Prior and regularisation come from the people of training.
+    Prior and ridge come from the people of training: `train` are their choices in group a,
+    `train_b` those in b. tests: {kind: {N: records with N `examples`}}.
     """
-    x = differences(files["train"], table)
-    population = fit(x[None], torch.zeros(1, x.shape[1]), 1.0)
-    tuning = few_shot.with_context(train_b[::10], 10, files["train"])
+    x = differences(train, table)
+    population = fit(x[None], torch.zeros(x.shape[1]), 1.0)
+    tuning = few_shot.with_context(train_b[::10], 10, train)
     ridge = max(RIDGES, key=lambda ridge: accuracy(tuning, table, population, ridge))
-    found = {"ridge": ridge}
-    for kind in ("a", "b"):
-        found[f"context from {kind}"] = {
-            n: accuracy(few_shot.with_context(files["test"], n, files[f"val-{kind}"]),
-                        table, population, ridge)
-            for n in SIZES
-        }
-    return found
+    found = {kind: {n: accuracy(records, table, population, ridge) for n, records in by_n.items()}
+             for kind, by_n in tests.items()}
+    return found, ridge
 
 
 def popularity(records, statements, answers):
@@ -181,33 +192,26 @@ def popularity(records, statements, answers):
 
 @torch.no_grad()
 def reward_accuracy(model, records, features):
-    """Share of records that a reward model steered by their `examples` gets right."""
+    """Share of records that a reward model steered by their `examples` gets right; ties wrong."""
     rewards = model(features(records), few_shot.latents(model, records, features))
     return (rewards[:, 0] > rewards[:, 1]).float().mean().item()
 
 
-def neural_process(files, table, seed):
-    """{kind of context: {N: accuracy}} of NP-BTL, which sees of a statement what its row has."""
-
-    def features(choices):
-        rows = [table[choice[side]] for choice in choices for side in ("chosen", "rejected")]
-        return torch.stack(rows).unflatten(0, (-1, 2)) if rows else torch.zeros(0, 2, n_features)
-
-    n_features = len(next(iter(table.values())))
-    users = train_btl.user_pairs(files["train"], features)
+def neural_process(train, tests, table, seed):
+    """{kind of context: {N: accuracy}} of NP-BTL; a statement's features are its row of `table`."""
+    features = partial(pair_features, table=table)
+    users = train_btl.choices_by_user(train, features)
     model = train_btl.train_on_users(NP_BTL, users, seed, torch.device("cpu"))
-    return {f"context from {kind}": {
-        n: reward_accuracy(model, few_shot.with_context(files["test"], n, files[f"val-{kind}"]),
-                           features)
-        for n in SIZES} for kind in ("a", "b")}
+    return {kind: {n: reward_accuracy(model, records, features) for n, records in by_n.items()}
+            for kind, by_n in tests.items()}
 
 
 # ---------------------------------------------------------------- main
 
 
 def print_lines(found):
-    for kind in ("context from a", "context from b"):
-        cells = "".join(f"{100 * x:7.1f}" for x in found[kind].values())
+    for kind, shares in found.items():
+        cells = "".join(f"{100 * x:7.1f}" for x in shares.values())
         print(f"{'  ' + kind:<32}{cells}")
 
 
@@ -226,10 +230,15 @@ def main(options):
     trained = {str(row["user"]) for row in files["train"]}
     answers = read_answers(folder / "answers_train.jsonl", len(statements), trained)
     train_b = [r for r in records if str(r["user"]) in trained and r["meta"]["group"] == "b"]
+    if not train_b:
+        raise UserError("--data: the people of training have no choices in group b")
     table = trait_features(statements, answers)
-    found = baselines(files, train_b, table)
-    found["NP-BTL"] = [neural_process(files, table, seed) for seed in range(NP_SEEDS)]
-    found["popularity"] = popularity(files["test"], statements, answers)
+    tests = {f"context from {kind}": {
+        n: few_shot.with_context(files["test"], n, files[f"val-{kind}"]) for n in SIZES
+    } for kind in ("a", "b")}
+    found, ridge = regression(files["train"], train_b, tests, table)
+    runs = [neural_process(files["train"], tests, table, seed) for seed in range(NP_SEEDS)]
+    agreed = popularity(files["test"], statements, answers)
 
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -241,16 +250,16 @@ def main(options):
         common.write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
         people = {row["user"] for row in rows}
         print(f"{path}: {len(rows)} choices of {len(people)} people")
-    common.save_json(out / "baselines.json", found | common.provenance())
+    report = {"regression": found, "ridge": ridge, "NP-BTL": runs, "popularity": agreed}
+    common.save_json(out / "baselines.json", report | common.provenance())
 
     print(f"\nright choices on {out / 'test'}.jsonl, %, by number of choices known\n"
           f"{'logistic regression on traits':<32}" + "".join(f"{n:>7}" for n in SIZES))
     print_lines(found)
     print(f"NP-BTL on traits, mean of {NP_SEEDS} seeds")
-    print_lines({kind: {n: sum(run[kind][n] for run in found["NP-BTL"]) / NP_SEEDS for n in SIZES}
-                 for kind in found["NP-BTL"][0]})
-    print(f"the statement that the people of training agree with more: "
-          f"{100 * found['popularity']:.1f}")
+    print_lines({kind: {n: sum(run[kind][n] for run in runs) / NP_SEEDS for n in SIZES}
+                 for kind in tests})
+    print(f"the statement that the people of training agree with more: {100 * agreed:.1f}")
 
 
 if __name__ == "__main__":

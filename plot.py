@@ -1,13 +1,14 @@
 """The README's figures and results table, from the logs and checkpoints of runs.
 
-    python plot.py --run out/dpo --figure assets/listening.png
-    python plot.py --prefix prefix.log --figure assets/prefix.png
-    python plot.py --latent out/np --figure assets/latent.png
-    python plot.py --choices NP-DPO=out/np text=out/text --figure assets/choices.png
+    python plot.py --run out/dpo
+    python plot.py --prefix prefix.log
+    python plot.py --latent out/np
+    python plot.py --choices NP-DPO=out/np text=out/text --metrics accuracy generated_axes_right
     python plot.py --table SFT=out/sft DPO=out/dpo,out/dpo-1,out/dpo-2
 """
 
 import json
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,10 @@ from sample import answer, load_checkpoint
 
 @dataclass(frozen=True)
 class Options:
-    """Draw a run's evaluations or a benchmark, or print a table of several runs' eval.json."""
+    """Draw a run's evaluations, a benchmark, a latent or a comparison by N; or print a table."""
 
     run: str = "out/dpo"  # folder of a DPO run
-    figure: str = "assets/listening.png"  # picture to write
+    figure: str = ""  # picture to write; default: assets/, the kind of figure, .png
     prefix: str = ""  # what `bench.py prefix` printed: draw that instead
     latent: str = ""  # folder of an NP-DPO run on the world's users: draw its latent instead
     choices: tuple[str, ...] = ()  # NAME=DIR[,DIR...]: draw these runs by --context N
@@ -74,6 +75,8 @@ def read_groups(groups):
     runs = {}
     for group in groups:
         name, _, folders = group.partition("=")
+        if not folders:
+            raise UserError(f"{group}: must be NAME=DIR[,DIR...]")
         runs[name] = [read_results(Path(folder) / "eval.json") for folder in folders.split(",")]
     return runs
 
@@ -112,20 +115,23 @@ def main(options):
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError("plot.py needs matplotlib: pip install -r requirements-dev.txt") from None
-    if options.latent:
+    kind = next((kind for kind in ("latent", "choices", "prefix") if getattr(options, kind)),
+                "listening")  # fmt: skip
+    if kind == "latent":
         figure = draw_latent(plt, options.latent)
-    elif options.choices:
+    elif kind == "choices":
         figure = draw_choices(plt, options.choices, options.metrics)
-    elif options.prefix:
+    elif kind == "prefix":
         figure = draw_prefix(plt, Path(options.prefix))
     else:
         figure = draw_run(plt, Path(options.run) / "log.jsonl")
+    path = Path(options.figure or f"assets/{kind}.png")
     try:
-        Path(options.figure).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(options.figure, dpi=110)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
-        raise UserError(f"--figure {options.figure}: {common.first_line(error)}") from None
-    print(f"wrote {options.figure}")
+        raise UserError(f"--figure {path}: {common.first_line(error)}") from None
+    print(f"wrote {path}")
 
 
 def draw_prefix(plt, path):
@@ -161,37 +167,44 @@ def draw_run(plt, path):
 
 
 def by_size(runs, metric):
-    """{N: [value of each run that has it]} over their datasets `NAME, N=size`."""
-    found = {}
+    """{N: [value of each run]} in percent, over their datasets `NAME, N=size`.
+
+    Raises UserError where the runs do not have the same one dataset.
+    """
+    found, names = {}, set()
     for results in runs:
-        for name, result in results.items():
-            size = name.rpartition(", N=")[2]
-            if size != name and result.get(metric) is not None:
-                found.setdefault(int(size), []).append(100 * result[metric])
+        for dataset, result in results.items():
+            match = re.fullmatch(r"(.*), N=(\d+)", dataset)
+            if match and isinstance(result.get(metric), float | int):
+                names.add(match[1])
+                found.setdefault(int(match[2]), []).append(100 * result[metric])
+    if len(names) > 1 or any(len(values) < len(runs) for values in found.values()):
+        raise UserError("--choices: the runs of a NAME need one dataset and the same --context")
     return dict(sorted(found.items()))
 
 
 def draw_choices(plt, groups, metrics):
     """Each metric by the number of choices known: mean over the runs of a NAME, least to most."""
     groups = read_groups(groups)
-    metrics = [key for key in metrics if any(by_size(runs, key) for runs in groups.values())]
-    if not metrics:
+    curves = {key: {name: by_size(runs, key) for name, runs in groups.items()} for key in metrics}
+    curves = {key: found for key, found in curves.items() if any(found.values())}
+    if not curves:
         raise UserError("--choices: no run has any of these --metrics for several --context")
-    sizes = {n for runs in groups.values() for n in by_size(runs, metrics[0])}
-    figure, panels = plt.subplots(1, len(metrics), figsize=(5.5 * len(metrics), 4), squeeze=False,
+    figure, panels = plt.subplots(1, len(curves), figsize=(5.5 * len(curves), 4), squeeze=False,
                                   constrained_layout=True)  # fmt: skip
-    for axes, metric in zip(panels[0], metrics, strict=True):
-        for name, runs in groups.items():
-            found = by_size(runs, metric)
-            if found:
-                means = list(map(statistics.mean, found.values()))
-                [line] = axes.plot(list(found), means, marker="o", markersize=3, label=name)
-                axes.fill_between(list(found), list(map(min, found.values())),
-                                  list(map(max, found.values())), color=line.get_color(), alpha=0.2)
-        if metric == "accuracy" and all("users, N=0" in run for run in sum(groups.values(), [])):
-            bound = [100 * world.user_bound(n) for n in sorted(sizes)]
-            axes.plot(sorted(sizes), bound, color="grey", linestyle=":", label="best possible")
-        axes.set(xlabel="choices known", ylabel=f"{COLUMNS[metric]}, %", xticks=sorted(sizes))
+    for axes, (metric, found) in zip(panels[0], curves.items(), strict=True):
+        sizes = sorted(set().union(*found.values()))
+        for name, curve in found.items():
+            if curve:
+                low, high = list(map(min, curve.values())), list(map(max, curve.values()))
+                [line] = axes.plot(list(curve), list(map(statistics.mean, curve.values())),
+                                   marker="o", markersize=3, label=name)  # fmt: skip
+                axes.fill_between(list(curve), low, high, color=line.get_color(), alpha=0.2)
+        of_users = all("users, N=0" in run for runs in groups.values() for run in runs)
+        if metric == "accuracy" and of_users:
+            bound = [100 * world.user_bound(n) for n in sizes]
+            axes.plot(sizes, bound, color="grey", linestyle=":", label="best possible")
+        axes.set(xlabel="choices known", ylabel=f"{COLUMNS[metric]}, %", xticks=sizes)
         axes.legend(fontsize=8)
     return figure
 

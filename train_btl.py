@@ -37,7 +37,7 @@ class Options:
     out_dir: str = ""  # folder of this run; default for synthetic: out/btl
     overwrite: bool = False  # replace a run that is there
     context: int = 10  # most choices to infer a preference from; each step draws 0 to this many
-    targets: int = 16  # more choices of a user; predicted are all that are not in the context
+    targets: int = 16  # more choices a step; predicted are all that are not in the context
     latent: int = 8  # channels of the latent
     kl_weight: float = 0.0  # variational latent: weight of KL(z given all pairs, z given context)
     n_hidden: int = 64  # channels of the layers
@@ -113,13 +113,14 @@ def synthetic_bound(n):
     return 1 - 2 ** -(n + 2)
 
 
+DATA_SEED = 2**20  # added to a run's seed, so that users are not drawn as weights are
 PAPER = {0: 75.2, 1: 80.0, 3: 88.2, 5: 93.6, 10: 97.2}  # accuracy in percent with n choices known
 
 
 @torch.no_grad()
 def synthetic_accuracy(model, n, device, users=10000, targets=8):
     """Share of right predictions for users that were never trained on, n choices known."""
-    pairs = synthetic_pairs(users, n + targets, torch.Generator().manual_seed(2**40)).to(device)
+    pairs = synthetic_pairs(users, n + targets, torch.Generator().manual_seed(2**31)).to(device)
     known = torch.ones(users, n, device=device)
     rewards = model(pairs[:, n:], model.encoder(pairs[:, :n], known)[0])
     return (rewards[..., 0] > rewards[..., 1]).float().mean().item()
@@ -130,7 +131,7 @@ def synthetic(options, folder, device):
     torch.set_num_threads(1)  # products as small as these run slower on several
     found = defaultdict(list)
     for seed in range(options.seed, options.seed + options.seeds):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(DATA_SEED + seed)
 
         def draw(generator=generator):
             n = options.context + options.targets
@@ -179,18 +180,26 @@ def train(options, n_features, draw, seed, device, log=None):
     return model.eval()
 
 
-def user_pairs(records, features):
-    """Features (n, 2, F) of the choices of each user, a pair of answers once."""
+def choices_by_user(records, features):
+    """[features (n, 2, F) of the choices of a user], a pair of answers once.
+
+    Raises UserError for a row without a user, or whose label is uncertain.
+    """
     by_user = defaultdict(dict)
     for record in records:
+        if record.get("label_prob", 1.0) < 1:
+            raise UserError(f"{record['where']}: field 'label_prob': NP-BTL needs certain labels")
         found = few_shot.choice(record)
         by_user[few_shot.Contexts.user(record)].setdefault(few_shot.Contexts.pair(found), found)
     return [features(list(found.values())) for found in by_user.values()]
 
 
 def train_on_users(options, users, seed, device, log=None):
-    """A reward model of users' choices, [(n, 2, F)]: a step has random ones of random users."""
-    generator = torch.Generator().manual_seed(seed)
+    """A reward model of users' choices, [(n, 2, F)].
+
+    A step takes up to context + targets random choices of each of batch_size random users.
+    """
+    generator = torch.Generator().manual_seed(DATA_SEED + seed)
     size = min(options.context + options.targets, max(map(len, users)))
     n_features = users[0].shape[2]
 
@@ -216,7 +225,7 @@ def on_files(options, folder, device):
         records = [row for _, rows in data.read_preferences(options.pref_data) for row in rows]
     base, tokenizer, _ = load_start(options.init_from, device)
     features = Features(for_inference(base), tokenizer)
-    users = user_pairs(records, features)
+    users = choices_by_user(records, features)
     again = len(records) - sum(map(len, users))
     if again:
         print(f"{options.pref_data}: left out {again} of {len(records)} rows on pairs that their "
@@ -239,6 +248,8 @@ def main(options):
         raise UserError("train_btl.py is one process: start it without torchrun")
     if options.pref_data != "synthetic" and not options.out_dir:
         raise UserError("--out_dir is required on other data than the synthetic task")
+    if options.pref_data == "synthetic" and options.init_from:
+        raise UserError("--init_from: the synthetic task has no answers to read; add --pref_data")
     device, folder = common.pick_device(options.device), Path(options.out_dir or "out/btl")
     start = time.perf_counter()
     common.check_folder(folder, None, options.overwrite, options.init_from)

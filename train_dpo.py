@@ -314,17 +314,17 @@ def main(options):
             sft_losses = -logps[:, 0] / lengths[:, 0]
             loss = (losses + options.sft_weight * sft_losses).sum() / len(batch)
             scaler.scale(loss * weight * distributed.WORLD).backward()
-            numbers = torch.stack([
+            numbers = torch.stack([  # (6, pairs)
                 losses, sft_losses, chosen_rewards, rejected_rewards, logps[:, 0], logps[:, 1],
             ])  # fmt: skip
-            pairs.append(numbers.detach().cpu() if weight else numbers.new_empty(6, 0).cpu())
+            pairs.append(numbers.detach() if weight else numbers.new_empty(6, 0))
 
         rate = common.learning_rate(
             step, order.max_steps, options.warmup_steps, options.learning_rate
         )
         grad_norm = common.update(policy, optimizer, scaler, options.clip, rate)
 
-        pairs = torch.cat(distributed.gather(torch.cat(pairs, dim=1)), dim=1)  # (6, step's pairs)
+        pairs = torch.cat(distributed.gather(torch.cat(pairs, dim=1).cpu()), dim=1)
         dpo, sft, chosen, rejected, logps_chosen, logps_rejected = pairs.mean(1).tolist()
         fields = {
             "step": step + 1, "loss": dpo + options.sft_weight * sft, "loss/dpo": dpo,

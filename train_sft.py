@@ -156,8 +156,8 @@ def main(options):
                 token_logps = answer_token_logps(spread, trees)
             loss = -weight * token_logps.sum() / n_learned
             scaler.scale(loss * distributed.WORLD).backward()
-            loss_sum += loss.item()
-        loss_sum = sum(distributed.gather(loss_sum))
+            loss_sum += loss.detach()
+        loss_sum = sum(distributed.gather(loss_sum.item()))
 
         rate = common.learning_rate(
             step, order.max_steps, options.warmup_steps, options.learning_rate

@@ -50,7 +50,8 @@ def test_a_context_is_what_the_same_user_chose_on_other_pairs():
     contexts = few_shot.Contexts(rows)
     for i, row in enumerate(rows):
         drawn = contexts.draw(i, 99, random.Random(0))
-        others = [r for r in rows if r["user"] == row["user"] and r["prompt"] != row["prompt"]]
+        others = [r for r in rows[:-1]  # of a pair that a user chose from twice the first choice
+                  if r["user"] == row["user"] and r["prompt"] != row["prompt"]]
         key = lambda r: (r["prompt"], r["chosen"], r["rejected"])  # noqa: E731
         assert sorted(map(key, drawn)) == sorted(map(key, others))
         assert contexts.draw(i, 2, random.Random(5)) == contexts.draw(i, 5, random.Random(5))[:2]
@@ -63,6 +64,20 @@ def test_a_choice_is_never_in_its_own_context_whatever_came_before():
                           {"role": "user", "content": "go on"}]
     rows = [{"user": 1, "prompt": turns(text), "chosen": "x", "rejected": "y"} for text in "abc"]
     assert few_shot.Contexts(rows).pools == [[], [], []]
+
+
+def test_a_context_tells_nothing_of_the_answers_that_are_to_be_compared():
+    """To the same prompt, who prefers A to B says something of A against C."""
+    def row(prompt, chosen, rejected):
+        return {"user": "u", "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+    rows = [row("p", "a", "b"), row("p", "c", "a"), row("p", "c", "d"), row("q", "a", "b"),
+            row("p", "d", "c"), row("p", "c", "d")]  # fmt: skip
+    drawn = few_shot.with_context(rows, 10)
+    chosen = [sorted((c["prompt"], c["chosen"]) for c in r["examples"]) for r in drawn]
+    assert chosen[0] == [("p", "c"), ("q", "a")]  # c over d, once
+    assert chosen[2] == [("p", "a"), ("q", "a")]
+    assert len(chosen[3]) == 3  # another prompt: all of p's pairs, each once
 
 
 def test_a_context_from_another_source_has_the_same_users():
@@ -288,6 +303,7 @@ def test_a_reward_model_of_files_is_evaluated_like_the_others(users, command):
     status, _, err = command(train_btl, *run_btl[:4], "--out_dir", "out/started")
     assert status == 2 and "is in use" in err and "--resume" not in err
     for arguments, named in ((run_btl, "--overwrite"), (run_btl[:2], "--out_dir"),
+                             (run_btl[2:4], "--init_from"),
                              ((*run_btl[:2], "--out_dir", "out/q"), "--init_from"),
                              (("--out_dir", "out/r"), "out/r")):  # fmt: skip
         status, _, err = command(train_btl, *arguments)
@@ -498,6 +514,10 @@ def test_the_figure_of_choices_has_mean_and_spread_of_runs(workplace, command):
                    for n, share in zip((0, 4), shares, strict=False)} or {"users": {"accuracy": 1}}
         Path(run_dir).mkdir()
         Path(run_dir, "eval.json").write_text(json.dumps({"results": results}))
+    for folder, results in (("two", {"x, N=0": {"accuracy": 1}, "y, N=0": {"accuracy": 0}}),
+                            ("odd", {"x, N=y": {"accuracy": 1}, "x, N=1": {"accuracy": "1"}})):
+        Path(folder).mkdir()
+        Path(folder, "eval.json").write_text(json.dumps({"results": results}))
     runs = plot.read_groups(["both=a,b"])["both"]
     assert plot.by_size(runs, "accuracy") == {0: [50, 50], 4: [70, 90]}
     assert plot.by_size(runs, "generated_axes_right") == {}
@@ -505,8 +525,10 @@ def test_the_figure_of_choices_has_mean_and_spread_of_runs(workplace, command):
                              "--metrics", "accuracy", "generated_axes_right")  # fmt: skip
     assert status == 0, err
     assert Path("choices.png").read_bytes().startswith(b"\x89PNG")
-    status, _, err = command(plot, "--choices", "x=none", "--figure", "no.png")
-    assert status == 2 and "--choices" in err and len(err.splitlines()) == 1
+    for wrong in ("x=none", "x=odd", "x=two", "x=a,two", "a"):
+        status, _, err = command(plot, "--choices", wrong, "--metrics", "accuracy")
+        assert status == 2 and len(err.splitlines()) == 1, err
+    assert not Path("assets").exists()
 
 
 def test_on_the_way_between_two_latents_answers_change(monkeypatch):
@@ -613,6 +635,9 @@ def test_a_neural_process_on_traits_infers_what_a_person_is_like(tmp_path, write
     rows = [json.loads(line) for line in (tmp_path / "answers_train.jsonl").open()]
     answers = torch.tensor([row["answers"] for row in rows], dtype=torch.float64).numpy()
     files = people.split(records, 50, 10, 0)
-    found = people.neural_process(files, people.trait_features(statements, answers), seed=0)
-    for kind in ("context from a", "context from b"):  # no statement of b is in training
+    tests = {kind: {n: few_shot.with_context(files["test"], n, files[f"val-{kind}"])
+                    for n in (0, 20)} for kind in "ab"}  # fmt: skip
+    table = people.trait_features(statements, answers)
+    found = people.neural_process(files["train"], tests, table, seed=0)
+    for kind in "ab":  # no statement of b is in training
         assert found[kind][0] < 0.6 < 0.65 < found[kind][20]
