@@ -136,10 +136,16 @@ def pack(trees, device="cpu"):
             spans.append((range(0), range(root, len(tokens))))
         tree += [n] * (len(tokens) - root)
     groups, places = group_spans(spans, len(tokens))
-    to = lambda values: torch.tensor(values, dtype=torch.long).to(device)  # noqa: E731
+    on_card = torch.device(device).type == "cuda"  # to which pinned memory goes without waiting
+
+    def to(values, dtype=torch.long):
+        values = torch.as_tensor(values, dtype=dtype)
+        values = values.pin_memory() if on_card else values
+        return values.to(device, non_blocking=on_card)
+
     for group in groups:
         group.queries, group.keys = to(group.queries), to(group.keys)
-        group.mask = None if group.mask is None else group.mask.to(device)
+        group.mask = None if group.mask is None else to(group.mask, torch.bool)
     return Trees(*map(to, (tokens, tree, positions)), groups,
                  *map(to, (places, predictors, targets, answer)), n_answers)
 
