@@ -8,6 +8,7 @@ statements of group b that no training row has, with their choices from group a 
 
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,8 @@ class Options:
 
     data: str = ""  # folder with choices_train.jsonl, answers_train.jsonl, statements.jsonl
     out_dir: str = "out/people"  # folder of the files
-    held_out: int = 50  # people to evaluate on
+    held_out: int = 50  # people to evaluate on, who are not trained on
+    test_data: str = ""  # choices of further people to evaluate on instead
     test_rows: int = 10  # how many choices of each of them are evaluated
     seed: int = 0  # of who is held out
 
@@ -40,6 +42,10 @@ SIZES = (0, 1, 3, 5, 10, 20)  # choices known
 NP_BTL = train_btl.Options(context=20, targets=20, steps=100, n_layer=2, learning_rate=3e-3)
 NP_SEEDS = 3
 RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0)  # candidates for the regression's regularisation
+
+
+def read_all(path):
+    return [record for _, rows in data.read_preferences(str(path)) for record in rows]
 
 
 def read_statements(path):
@@ -73,30 +79,42 @@ def read_answers(path, n_statements, people):
     return found
 
 
-def split(records, held_out, test_rows, seed):
-    """{file name: records}: the people of `val-*` are not in `train`, `test` is part of `val-b`.
+def hold_out(records, n, seed):
+    """(records of the people of training, records of n other people).
 
-    Raises UserError where there are too few people, or a group or user is missing.
+    Raises UserError where there are too few people.
     """
     people = sorted({str(few_shot.Contexts.user(record)) for record in records})
-    if len(people) <= held_out:
-        raise UserError(f"--held_out {held_out}: there are {len(people)} people")
+    if len(people) <= n:
+        raise UserError(f"--held_out {n}: there are {len(people)} people")
     random.Random(seed).shuffle(people)
-    unseen = set(people[:held_out])
-    files = {"train": [], "val-a": [], "val-b": [], "test": []}
-    left = dict.fromkeys(unseen, test_rows)
-    for record in records:
+    unseen = set(people[:n])
+    return ([record for record in records if str(record["user"]) not in unseen],
+            [record for record in records if str(record["user"]) in unseen])
+
+
+def split(trained, unseen, test_rows):
+    """{file name: records}: `train` and `val-a` are of group a, `val-b` and its part `test` of b.
+
+    trained, unseen: the records of some people and of others. Raises UserError where a person is
+    on both sides, or a group or user is missing.
+    """
+    people = {str(few_shot.Contexts.user(record)) for record in trained}
+    files, tested = {"train": [], "train-b": [], "val-a": [], "val-b": [], "test": []}, Counter()
+    for record in trained + unseen:
         group = record.get("meta", {}).get("group")
         if group not in ("a", "b"):
             raise UserError(f"{record['where']}: field 'meta.group': must be a or b")
-        user = str(record["user"])
-        if user in unseen:
-            files[f"val-{group}"].append(record)
-            if group == "b" and left[user]:
-                files["test"].append(record)
-                left[user] -= 1
-        elif group == "a":
-            files["train"].append(record)
+    for record in trained:
+        files["train" if record["meta"]["group"] == "a" else "train-b"].append(record)
+    for record in unseen:
+        user, group = str(few_shot.Contexts.user(record)), record["meta"]["group"]
+        if user in people:
+            raise UserError(f"{record['where']}: field 'user': is one of the people of training")
+        files[f"val-{group}"].append(record)
+        tested[user] += group == "b"
+        if group == "b" and tested[user] <= test_rows:
+            files["test"].append(record)
     empty = [name for name, rows in files.items() if not rows]
     if empty:
         raise UserError(f"no choices for {empty[0]}: both groups are needed")
@@ -219,24 +237,25 @@ def main(options):
     folder, out = Path(options.data), Path(options.out_dir)
     if not options.data:
         raise UserError("--data is required: a folder with choices_train.jsonl")
-    [(_, records)] = data.read_preferences(str(folder / "choices_train.jsonl"))
-    files = split(records, options.held_out, options.test_rows, options.seed)
+    records = read_all(folder / "choices_train.jsonl")
+    if options.test_data:
+        trained, unseen = records, read_all(options.test_data)
+    else:
+        trained, unseen = hold_out(records, options.held_out, options.seed)
+    files = split(trained, unseen, options.test_rows)
     statements = read_statements(folder / "statements.jsonl")
     known = {row["statement"] for row in statements}
-    for record in records:
+    for record in trained + unseen:
         for side in ("chosen", "rejected"):
             if record[side] not in known:
                 raise UserError(f"{record['where']}: field '{side}': not in statements.jsonl")
-    trained = {str(row["user"]) for row in files["train"]}
-    answers = read_answers(folder / "answers_train.jsonl", len(statements), trained)
-    train_b = [r for r in records if str(r["user"]) in trained and r["meta"]["group"] == "b"]
-    if not train_b:
-        raise UserError("--data: the people of training have no choices in group b")
+    people = {str(row["user"]) for row in trained}
+    answers = read_answers(folder / "answers_train.jsonl", len(statements), people)
     table = trait_features(statements, answers)
     tests = {f"context from {kind}": {
         n: few_shot.with_context(files["test"], n, files[f"val-{kind}"]) for n in SIZES
     } for kind in ("a", "b")}
-    found, ridge = regression(files["train"], train_b, tests, table)
+    found, ridge = regression(files["train"], files["train-b"], tests, table)
     runs = [neural_process(files["train"], tests, table, seed) for seed in range(NP_SEEDS)]
     agreed = popularity(files["test"], statements, answers)
 
@@ -248,8 +267,7 @@ def main(options):
         lines = [json.dumps({k: v for k, v in row.items() if k != "where"}) for row in rows]
         text, path = "\n".join(lines) + "\n", out / f"{name}.jsonl"
         common.write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
-        people = {row["user"] for row in rows}
-        print(f"{path}: {len(rows)} choices of {len(people)} people")
+        print(f"{path}: {len(rows)} choices of {len({row['user'] for row in rows})} people")
     report = {"regression": found, "ridge": ridge, "NP-BTL": runs, "popularity": agreed}
     common.save_json(out / "baselines.json", report | common.provenance())
 

@@ -585,6 +585,18 @@ def test_people_who_are_held_out_are_in_no_training_file(tmp_path, write_rows, c
     assert len(read["test"]) == 20 and all(row in read["val-b"] for row in read["test"])
     status, _, err = command(people, "--data", tmp_path, "--held_out", "8")
     assert status == 2 and "--held_out 8" in err
+    # Other people, all of the first ones being trained on.
+    further = [row | {"user": f"other {row['user']}"} for row in read["val-a"] + read["val-b"]]
+    rows = write_rows("further.jsonl", *further)
+    status, _, err = command(people, "--data", tmp_path, "--test_data", rows)
+    assert status == 0, err
+    train = [json.loads(line) for line in Path("out/people/train.jsonl").open()]
+    test = [json.loads(line) for line in Path("out/people/test.jsonl").open()]
+    assert len({row["user"] for row in train}) == 8
+    assert test == [row | {"user": f"other {row['user']}"} for row in read["test"]]
+    status, _, err = command(people, "--data", tmp_path, "--test_data",
+                             tmp_path / "choices_train.jsonl")  # fmt: skip
+    assert status == 2 and "people of training" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("name", "row", "named"), [
@@ -634,7 +646,7 @@ def test_a_neural_process_on_traits_infers_what_a_person_is_like(tmp_path, write
     statements = [json.loads(line) for line in (tmp_path / "statements.jsonl").open()]
     rows = [json.loads(line) for line in (tmp_path / "answers_train.jsonl").open()]
     answers = torch.tensor([row["answers"] for row in rows], dtype=torch.float64).numpy()
-    files = people.split(records, 50, 10, 0)
+    files = people.split(*people.hold_out(records, 50, 0), 10)
     tests = {kind: {n: few_shot.with_context(files["test"], n, files[f"val-{kind}"])
                     for n in (0, 20)} for kind in "ab"}  # fmt: skip
     table = people.trait_features(statements, answers)
