@@ -194,12 +194,12 @@ def draw_choices(plt, groups, metrics):
                                   constrained_layout=True)  # fmt: skip
     for axes, (metric, found) in zip(panels[0], curves.items(), strict=True):
         sizes = sorted(set().union(*found.values()))
-        for name, curve in found.items():
+        for i, (name, curve) in enumerate(found.items()):
             if curve:
-                low, high = list(map(min, curve.values())), list(map(max, curve.values()))
-                [line] = axes.plot(list(curve), list(map(statistics.mean, curve.values())),
-                                   marker="o", markersize=3, label=name)  # fmt: skip
-                axes.fill_between(list(curve), low, high, color=line.get_color(), alpha=0.2)
+                low, mean, high = (list(map(f, curve.values()))
+                                   for f in (min, statistics.mean, max))  # fmt: skip
+                axes.plot(list(curve), mean, f"C{i}o-", markersize=3, label=name)
+                axes.fill_between(list(curve), low, high, color=f"C{i}", alpha=0.2)
         of_users = all("users, N=0" in run for runs in groups.values() for run in runs)
         if metric == "accuracy" and of_users:
             bound = [100 * world.user_bound(n) for n in sizes]
