@@ -36,8 +36,8 @@ def choice(record):
 class Contexts:
     """For each record the choices that its user made elsewhere.
 
-    Between the answers of the same pair, or to the same prompt with one of them, is not elsewhere:
-    who prefers A to B tells something of A against C.
+    To the same prompt with one of the same answers is not elsewhere: who prefers A to B tells
+    something of A against C.
     """
 
     def __init__(self, records, source=None):
