@@ -47,7 +47,7 @@ def spread(model, fsdp):
     if WORLD == 1:
         return model
     if not fsdp:
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model)
     from torch.distributed.fsdp import fully_shard  # slow to import
 
     mesh = dist.device_mesh.init_device_mesh(model.embedding.weight.device.type, (WORLD,))

@@ -531,7 +531,7 @@ OTHER_BAD_OPTIONS = (
     (sample, "--top_k", ("--top_k", "-1")),
     (sample, "--samples", ("--samples", "0")),
     (sample, "--preference", ("--preference",)),
-    (train_sft, "out of memory", ("--n_embd", "1000000000000")),
+    (train_sft, "out of memory", ("--n_embd", "2000000000")),
     (data, "--rows", ("--rows", "-1")),
     (data, "--block_size", ("--block_size", "0")),
 )
