@@ -547,8 +547,9 @@ def main(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
     if device.type == "cuda":  # the processes of the measurements see this one card
-        cards = os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1,2,3,4,5,6,7"
-        os.environ["CUDA_VISIBLE_DEVICES"] = cards.split(",")[device.index]
+        cards = os.environ.get("CUDA_VISIBLE_DEVICES")
+        card = cards.split(",")[device.index] if cards else str(device.index)
+        os.environ["CUDA_VISIBLE_DEVICES"] = card
         device = torch.device("cuda:0")
     needed = {"memory": (), "prefix": ("init_from",)}.get(options.what, ("init_from", "pref_data"))
     for name in needed:

@@ -88,8 +88,8 @@ def run(main, cls):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        no_memory = "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)
-        if not isinstance(error, MemoryError) and not no_memory:
+        signs = ("DefaultCPUAllocator", "out of memory")  # of a CPU, of a GPU
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
             raise
         print(f"error: out of memory: {first_line(error)}", file=sys.stderr)
         sys.exit(2)

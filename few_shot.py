@@ -7,6 +7,7 @@ of a reward model (NP-BTL). Both are neural processes: Kobalczyk et al. 2024, ar
 
 import random
 from collections import defaultdict
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -193,7 +194,7 @@ class RewardModel(nn.Module):
         super().__init__()
         sizes = [n_features, *[n_hidden] * n_layer]
         self.encoder = Encoder(n_features, n_latent, n_hidden)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.films = nn.ModuleList(FiLM(n_latent, n_hidden) for _ in range(n_layer))
         self.out = nn.Linear(n_hidden, 1)
 

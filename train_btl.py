@@ -197,7 +197,8 @@ def choices_by_user(records, features):
 def train_on_users(options, users, seed, device, log=None):
     """A reward model of users' choices, [(n, 2, F)].
 
-    A step takes up to context + targets random choices of each of batch_size random users.
+    A step takes up to context + targets random choices of each of batch_size random users; unlike
+    in `few_shot.Contexts`, one that is known may share an answer with one that is predicted.
     """
     generator = torch.Generator().manual_seed(DATA_SEED + seed)
     size = min(options.context + options.targets, max(map(len, users)))

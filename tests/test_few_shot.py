@@ -409,6 +409,8 @@ def test_sft_learns_chosen_answers_behind_choices(users, monkeypatch, write_rows
     for row in seen[:84]:
         assert row["response"] == chosen[row["user"], row["prompt"]] and "rejected" not in row
         assert all(choice["prompt"] != row["prompt"] for choice in row["examples"])
+    sft("out/world", data="users", context=1, tokenizer="world", max_steps=1, block_size=512)
+    assert len(read_log("out/world")) == 1
     write_rows("sft.jsonl", {"prompt": "a", "response": "b", "user": "c"})
     with pytest.raises(UserError, match=r"sft.jsonl:1: field 'chosen': missing"):
         sft("out/b", data="sft.jsonl", context=4)
