@@ -229,11 +229,11 @@ def read_responses(names):
 
 
 def chosen_as_response(record):
-    """A preference pair as an SFT row: its chosen answer; other records as they are."""
+    """A preference pair as an SFT row: its response if it has one, else its chosen answer."""
     if "chosen" not in record:
         return record
     rest = {k: v for k, v in record.items() if k not in ("chosen", "rejected")}
-    return rest | {"response": record["chosen"]}
+    return {"response": record["chosen"]} | rest
 
 
 def dataset_name(path):

@@ -1,6 +1,6 @@
 """Stage one, learn to speak: maximise log p of each response under its meta-prompt and query.
 
-    python train_sft.py --data world|FILE[,FILE...] --out_dir DIR
+    python train_sft.py --data world|users|FILE[,FILE...] --out_dir DIR
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from sample import load_start, start_of
 class Options:
     """Supervised fine-tuning on prompts and responses, from scratch or from a checkpoint."""
 
-    data: str = "world"  # world, users, told, or files of {prompt, response}, separated by commas
+    data: str = "world"  # world, users, or files of {prompt, response}, separated by commas
     context: int = 0  # few-shot: show up to this many other choices of a row's user
     init_from: str = "scratch"  # scratch, finished run, Hugging Face folder or org/name
     tokenizer: str = "world"  # from scratch: world, gpt2 or a FILE.tiktoken
@@ -105,10 +105,8 @@ def main(options):
     block_size = min(options.block_size or model.config.block_size, model.config.block_size)
 
     # 3. Data.
-    if options.data == "world":
-        records = world.sft_rows()
-    elif options.data in world.DATA:
-        records = world.DATA[options.data][0]()
+    if options.data in world.SFT_DATA:
+        records = world.SFT_DATA[options.data]()
     else:
         records = data.read_responses(options.data)
     order = common.DataOrder(

@@ -16,7 +16,7 @@ import regex  # comes with tiktoken
 SEED = 20241021
 TRAIN_ROWS, SFT_ROWS, EVAL_ROWS = 8000, 9000, 200  # EVAL_ROWS for each split
 # Of users who state nothing. Each two opposite combinations of values are one couple to evaluate.
-TRAIN_COUPLES, TRAIN_PAIRS, EVAL_COUPLES = 800, 2000, 16
+TRAIN_COUPLES, TRAIN_PAIRS, SFT_USERS, EVAL_COUPLES = 800, 2000, 1600, 16
 FOLLOW_SHARE = 0.1  # in this share of the SFT rows a stated axis follows the meta-prompt on purpose
 META_PROMPT_SHARE = 0.2  # how many SFT rows have a meta-prompt at all
 
@@ -573,12 +573,37 @@ def user_pairs(evaluation=False, told=False):
     return rows
 
 
+def user_rows():
+    """SFT rows for a model to learn to read choices from: SFT_USERS users, 20 rows each.
+
+    The response has all five of the values that its user wants; the user's choice, context for the
+    other rows, is between answers that differ on one to five axes.
+    """
+    rng, rows, pool = Random(f"{SEED} user rows"), [], []
+    for _ in range(TRAIN_PAIRS):
+        style = {axis: rng.choice(values) for axis, values in AXES.items()}
+        content = draw_content(rng, False)
+        pool.append((content, style, rng.sample(list(AXES), rng.choice((1, 1, 2, 3, 5)))))
+    wanted = list(itertools.product(*AXES.values()))
+    for user in range(SFT_USERS):
+        values = dict(zip(AXES, wanted[user % len(wanted)], strict=True))
+        for content, style, differ in rng.sample(pool, 20):
+            chosen = style | {axis: values[axis] for axis in differ}
+            rejected = style | {axis: OPPOSITE[values[axis]] for axis in differ}
+            other_words = content | {"surface": [rng.randrange(3) for _ in range(3)]}
+            rows.append({"prompt": content["question"], "user": user,
+                         "chosen": write_answer(content, chosen),
+                         "rejected": write_answer(content, rejected),
+                         "response": write_answer(other_words, values)})
+    return rows
+
+
 def user_bound(n):
     """Best possible accuracy on `user_pairs` with n choices known."""
     return 1 - 0.8**n / 2
 
 
-# Data of the world by the name that scripts know it by: what trains, {name: what evaluates}.
+# Preferences of the world by the name that scripts know them by: to train on, {name: to evaluate}.
 DATA = {
     "world": (training_pairs, {split: partial(evaluation_pairs, split) for split in SPLITS}),
     "users": (user_pairs, {"users": partial(user_pairs, True)}),
@@ -607,6 +632,8 @@ def sft_rows():
                             "response": write_answer(content, style)})
     return rows
 
+
+SFT_DATA = {"world": sft_rows, "users": user_rows}
 
 # ---------------------------------------------------------------- the vocabulary
 

@@ -482,6 +482,22 @@ def test_users_of_the_world_choose_by_their_values(evaluation):
         assert len({tuple(found.values()) for found in values.values()}) == 32
 
 
+def test_users_of_the_sft_stage_are_answered_as_they_choose():
+    """A response has all five values of its user, whose choices elsewhere tell them."""
+    rows, values = world.user_rows(), {}
+    assert not {row["prompt"] for row in rows} & {r["prompt"] for r in world.user_pairs(True)}
+    for row in rows[::7]:
+        style = world.read_style(row["response"])
+        assert values.setdefault(row["user"], style) == style and None not in style.values()
+        chosen, rejected = (world.read_style(row[side]) for side in ("chosen", "rejected"))
+        differ = [axis for axis in world.AXES if chosen[axis] != rejected[axis]]
+        assert differ and all(chosen[axis] == style[axis] for axis in differ)
+        assert world.on_topic(row["prompt"], row["response"])
+    assert len(values) == world.SFT_USERS
+    assert len({tuple(style.values()) for style in values.values()}) == 32
+    assert data.chosen_as_response(rows[0])["response"] == rows[0]["response"]
+
+
 def test_users_of_the_evaluation_ask_what_training_never_asks():
     train, test = world.user_pairs(), world.user_pairs(True)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
