@@ -357,40 +357,65 @@ def load_trained(model, tensors):
         p.copy_(part_of(tensors[name], p))
 
 
-def adamw(model, peak, weight_decay):
-    """AdamW; weight decay on matrices only."""
+def check_optimizer(options, *names):
+    """Raises UserError for another --optimizer, and for muon where it cannot be."""
+    if options.optimizer not in names:
+        raise UserError(f"--optimizer must be one of {', '.join(names)}, not {options.optimizer}")
+    if options.optimizer == "muon" and (options.fsdp or options.lora_rank):
+        raise UserError("--optimizer muon is for whole matrices: no --fsdp, no --lora_rank")
+
+
+MUON_SCALE = 3  # of the learning rate; then an update is 0.6 of it per weight, root mean square
+
+
+def optimizers(model, weight_decay, muon=False):
+    """[AdamW], or [AdamW, Muon] with Muon for the matrices of attention and MLPs.
+
+    Weight decay is on matrices only. Muon: Jordan et al. 2024, with the scale of Liu et al. 2025,
+    arXiv:2502.16982.
+    """
+    of_muon = {name for name, p in trained(model).items()
+               if muon and p.dim() == 2 and (".attention." in name or ".mlp." in name)}
+    rest = [p for name, p in trained(model).items() if name not in of_muon]
     groups = [
-        {"params": [p for p in trained(model).values() if p.dim() >= 2],
-         "weight_decay": weight_decay},
-        {"params": [p for p in trained(model).values() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]  # fmt: skip
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
+    found = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
+    if of_muon:
+        group = {"params": [trained(model)[name] for name in sorted(of_muon)], "scale": MUON_SCALE}
+        found.append(torch.optim.Muon(
+            [group], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        ))  # fmt: skip
+    return found
 
 
-def update(model, optimizer, scaler, clip, rate):
-    """One optimizer step at this learning rate, gradients clipped: their norm before clipping.
+def update(model, optimizers, scaler, clip, rate):
+    """One step of each optimizer at this learning rate, gradients clipped: their norm before.
 
     Raises UserError when the gradient is not finite (with fp16 the scaler skips such a step).
     """
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    scaler.unscale_(optimizer)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("scale", 1)
+        scaler.unscale_(optimizer)
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
     if not scaler.is_enabled() and not norm.isfinite():
         raise UserError("the gradient is not finite: lower --learning_rate")
-    scaler.step(optimizer)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
     scaler.update()
     if scaler.is_enabled() and scaler.get_scale() < 1:  # 65,536 at first, halved by each such step
         raise UserError("the gradient is never finite: lower --learning_rate")
-    optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
 
-def save_checkpoint(folder, step, run_hash, model, optimizer, scaler):
+def save_checkpoint(folder, step, run_hash, model, optimizers, scaler):
     """All that a run needs to go on: its data order follows from the seed and the step."""
     tensors = {name: saved(p.detach()) for name, p in trained(model).items()}
     state = {"step": step, "run": run_hash, "model": tensors,
-             "optimizer": optimizer_state(optimizer, lambda x, _: saved(x)),
+             "optimizers": [optimizer_state(o, lambda x, _: saved(x)) for o in optimizers],
              "scaler": scaler.state_dict(), "random_state": torch.get_rng_state()}
     save_tensors(folder / "ckpt.pt", state)
 
@@ -404,7 +429,7 @@ def optimizer_state(optimizer, change, state=None):
     return state | {"state": moments}
 
 
-def load_checkpoint(folder, run_hash, model, optimizer, scaler):
+def load_checkpoint(folder, run_hash, model, optimizers, scaler):
     """Restore what `save_checkpoint` wrote: the number of steps done.
 
     Raises UserError when the file is broken or was written under other options or data.
@@ -415,7 +440,8 @@ def load_checkpoint(folder, run_hash, model, optimizer, scaler):
         raise UserError(f"{path}: cannot resume: options, data or starting model have changed")
     try:
         load_trained(model, state["model"])
-        optimizer.load_state_dict(optimizer_state(optimizer, part_of, state["optimizer"]))
+        for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state(optimizer, part_of, its_state))
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random_state"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -432,10 +458,10 @@ def run_hash(config, examples, *more):
     return content_hash(config | {"options": options}, rows, *more)
 
 
-def start_run(folder, options, config, run_hash, model, optimizer, scaler):
+def start_run(folder, options, config, run_hash, model, optimizers, scaler):
     """Claim the folder, resume or write config.json: the number of steps that are done."""
     if on_first(open_run, folder, options.resume, options.overwrite):
-        return load_checkpoint(folder, run_hash, model, optimizer, scaler)
+        return load_checkpoint(folder, run_hash, model, optimizers, scaler)
     save_json(folder / "config.json", config | provenance())
     return 0
 

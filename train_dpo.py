@@ -49,16 +49,18 @@ class Options:
     resume: bool = False  # go on with an unfinished run
     blank_meta_prompt: bool = False  # static control: hide every meta-prompt in training
     beta: float = 0.2  # DPO's temperature
+    dpop: float = 0.0  # penalty where a chosen answer is less likely than under the reference
     sft_weight: float = 1.0  # weight of the chosen answer's mean negative log-likelihood
     fsdp: bool = False  # under torchrun, spread weights, gradients and optimizer over processes
     lora_rank: int = 0  # train adapters of this rank on a frozen model; 0: train the model
     activation_checkpointing: bool = False  # run blocks twice instead of keeping what they compute
     block_size: int = 0  # cut prompt and answer to this many tokens; 0: the model's context
     label_smoothing: float = 0.0  # e turns a label's probability p into (1 - e) p + e (1 - p)
-    epochs: float = 4.0  # passes over the data
+    epochs: float = 2.5  # passes over the data
     max_steps: int = 0  # stop after this many steps instead; 0: as many as the epochs take
     batch_size: int = 24  # pairs a step; even, so that flips stay whole
     micro_tokens: int = 4096  # tree tokens of one forward pass; changes memory, not the result
+    optimizer: str = "auto"  # adamw, muon (on attention and MLPs), auto: muon on the world
     learning_rate: float = 2e-3  # peak
     warmup_steps: int = 30  # linear, before the cosine to a fiftieth of the peak
     weight_decay: float = 0.1  # AdamW's, on matrices
@@ -77,11 +79,12 @@ class Options:
             "log_every",
         )  # fmt: skip
         common.at_least(
-            self, 0, "sft_weight", "epochs", "max_steps", "learning_rate", "warmup_steps",
+            self, 0, "dpop", "sft_weight", "epochs", "max_steps", "learning_rate", "warmup_steps",
             "weight_decay", "clip", "seed", "lora_rank", "block_size", "context", "latent",
         )  # fmt: skip
         if self.fsdp and (self.lora_rank or self.latent):
             raise UserError("--fsdp trains the whole model: leave out --lora_rank and --latent")
+        common.check_optimizer(self, "adamw", "muon", "auto")
         if self.context and self.blank_meta_prompt:
             raise UserError("--context and --blank_meta_prompt exclude each other")
         if not 0 < self.beta < math.inf:
@@ -92,18 +95,22 @@ class Options:
 
 def dpo_loss(
     policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
-    beta, label_prob=1.0,
+    beta, label_prob=1.0, dpop=0.0,
 ):  # fmt: skip
     """The DPO loss of each pair (Rafailov et al. 2023, arXiv:2305.18290, Eq. 7).
 
     policy_*_logps, reference_*_logps: (pairs,) float32, sums over the answer's tokens, nats.
     beta: DPO's temperature. label_prob: scalar or (pairs,), how likely the label is right.
+    dpop: weight of the penalty on a preferred answer that is less likely than under the reference
+    (DPO-Positive, Pal et al. 2024, arXiv:2402.13228).
     Returns losses, chosen_rewards, rejected_rewards: (pairs,) each.
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     margins = chosen_rewards - rejected_rewards
-    losses = -label_prob * F.logsigmoid(margins) - (1 - label_prob) * F.logsigmoid(-margins)
+    right = F.logsigmoid(margins - dpop * F.relu(-chosen_rewards))
+    wrong = F.logsigmoid(-margins - dpop * F.relu(-rejected_rewards))
+    losses = -label_prob * right - (1 - label_prob) * wrong
     return losses, chosen_rewards, rejected_rewards
 
 
@@ -237,8 +244,12 @@ def main(options):
     label_probs = torch.tensor([r.get("label_prob", 1.0) for r in records])
     label_probs = (1 - e) * label_probs + e * (1 - label_probs)
 
-    # 4. Optimizer, and the folder of the run.
-    optimizer = common.adamw(policy, options.learning_rate, options.weight_decay)
+    # 4. Optimizers, and the folder of the run.
+    muon = options.optimizer == "muon" or (
+        options.optimizer == "auto" and options.pref_data == "world"
+        and not (lora or options.fsdp)
+    )  # fmt: skip
+    optimizers = common.optimizers(policy, options.weight_decay, muon)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     config = {
         "stage": "dpo", "options": dataclasses.asdict(options), "precision": precision,
@@ -249,7 +260,7 @@ def main(options):
     if options.latent and not any(choices):
         raise UserError("--latent: no row has choices to read; --context takes them from others")
     run_hash = common.run_hash(config, examples, label_probs.tolist(), choices)
-    first_step = common.start_run(folder, options, config, run_hash, policy, optimizer, scaler)
+    first_step = common.start_run(folder, options, config, run_hash, policy, optimizers, scaler)
     tokenizer.save(folder)
     log = common.Log(folder, first_step)
 
@@ -283,7 +294,7 @@ def main(options):
                 log.write(step=step, **watch.look(policy))
             policy.train()
         if step % options.save_every == 0 and step > first_step:
-            common.save_checkpoint(folder, step, run_hash, policy, optimizer, scaler)
+            common.save_checkpoint(folder, step, run_hash, policy, optimizers, scaler)
         if last:
             break
         start = time.perf_counter()
@@ -305,7 +316,7 @@ def main(options):
             label_prob = label_probs[of].to(device)
             losses, chosen_rewards, rejected_rewards = dpo_loss(
                 logps[:, 0], logps[:, 1], reference_now[:, 0], reference_now[:, 1],
-                options.beta, label_prob,
+                options.beta, label_prob, options.dpop,
             )  # fmt: skip
             lengths = logps.new_tensor([[len(a) for a in batch[i].answers] for i in micro])
             if step == 0:
@@ -322,7 +333,7 @@ def main(options):
         rate = common.learning_rate(
             step, order.max_steps, options.warmup_steps, options.learning_rate
         )
-        grad_norm = common.update(policy, optimizer, scaler, options.clip, rate)
+        grad_norm = common.update(policy, optimizers, scaler, options.clip, rate)
 
         pairs = torch.cat(distributed.gather(torch.cat(pairs, dim=1).cpu()), dim=1)
         dpo, sft, chosen, rejected, logps_chosen, logps_rejected = pairs.mean(1).tolist()

@@ -44,6 +44,7 @@ class Options:
     max_steps: int = 0  # stop after this many steps instead; 0: as many as the epochs take
     batch_size: int = 64  # rows a step
     micro_tokens: int = 4096  # tree tokens of one forward pass; changes memory, not the result
+    optimizer: str = "adamw"  # adamw, muon (on attention and MLPs)
     learning_rate: float = 3e-3  # peak
     warmup_steps: int = 10  # linear, before the cosine to a fiftieth of the peak
     weight_decay: float = 0.1  # AdamW's, on matrices
@@ -63,6 +64,7 @@ class Options:
             self, 0, "epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay",
             "clip", "seed", "lora_rank", "block_size", "context",
         )  # fmt: skip
+        common.check_optimizer(self, "adamw", "muon")
         if self.fsdp and self.lora_rank:
             raise UserError("--fsdp trains the whole model: leave out --lora_rank")
 
@@ -121,8 +123,9 @@ def main(options):
     records = [data.chosen_as_response(record) for record in records]
     examples = data.encode_all(records, tokenizer, block_size, options.data)
 
-    # 4. Optimizer, and the folder of the run.
-    optimizer = common.adamw(model, options.learning_rate, options.weight_decay)
+    # 4. Optimizers, and the folder of the run.
+    muon = options.optimizer == "muon"
+    optimizers = common.optimizers(model, options.weight_decay, muon)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     config = {
         "stage": "sft", "options": dataclasses.asdict(options), "precision": precision,
@@ -131,7 +134,7 @@ def main(options):
     if options.init_from != "scratch":
         config["reference"] = start_of(options.init_from, folder)
     run_hash = common.run_hash(config, examples)
-    first_step = common.start_run(folder, options, config, run_hash, model, optimizer, scaler)
+    first_step = common.start_run(folder, options, config, run_hash, model, optimizers, scaler)
     tokenizer.save(folder)
     log = common.Log(folder, first_step)
 
@@ -139,7 +142,7 @@ def main(options):
     bar = tqdm(total=order.max_steps, initial=first_step, desc="sft", unit="step")
     for step in range(first_step, order.max_steps):
         if step % options.save_every == 0 and step > first_step:
-            common.save_checkpoint(folder, step, run_hash, model, optimizer, scaler)
+            common.save_checkpoint(folder, step, run_hash, model, optimizers, scaler)
         start = time.perf_counter()
         batch = [examples[i] for i in order.batch(step)]
         n_learned = sum(len(example.answers[0]) for example in batch)
@@ -160,7 +163,7 @@ def main(options):
         rate = common.learning_rate(
             step, order.max_steps, options.warmup_steps, options.learning_rate
         )
-        grad_norm = common.update(model, optimizer, scaler, options.clip, rate)
+        grad_norm = common.update(model, optimizers, scaler, options.clip, rate)
 
         n_tokens = sum(map(data.tree_size, batch))
         fields = {"step": step + 1, "loss": loss_sum, "grad_norm": grad_norm,

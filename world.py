@@ -321,6 +321,7 @@ def draw_axes(rng, held_out=False, sizes=(1, 1, 2, 3)):
 # ---------------------------------------------------------------- questions and answers
 
 
+@cache
 def tasks(evaluation):
     """All (kind, task, topic), a quarter of them kept for evaluation."""
     everything = []

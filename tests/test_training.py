@@ -21,14 +21,17 @@ import sample
 import train_dpo
 import world
 from common import UserError
-from model import ModelConfig, Transformer, pack
+from model import ModelConfig, Transformer, answer_logps, pack
 from tiny import (
     ANSWERS,
+    CONFIG,
     DPO,
     SFT,
     command_line,
     dpo,
+    draw_trees,
     lora,
+    new_model,
     pairs,
     read_log,
     responses,
@@ -269,6 +272,45 @@ def test_evaluation_uses_the_recorded_reference_and_notices_a_changed_one():
         run(evaluate, ckpt="out/a", pref_data="pairs.jsonl")
 
 
+# ---------------------------------------------------------------- optimizers
+
+
+def test_muon_moves_every_direction_of_a_matrix_alike():
+    """AdamW has all but the matrices of attention and MLPs; each parameter has one optimizer."""
+    model = new_model().train()
+    adamw, muon = common.optimizers(model, 0.0, muon=True)
+    groups = [group for o in (adamw, muon) for group in o.param_groups]
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(
+        map(id, model.parameters())
+    )
+    names = {id(p): name for name, p in model.named_parameters()}
+    [group] = muon.param_groups
+    assert {names[id(p)] for p in group["params"]} == {
+        f"blocks.{i}.{part}.weight" for i in range(CONFIG.n_layer)
+        for part in ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
+    }  # fmt: skip
+
+    before = {id(p): p.detach().clone() for p in model.parameters()}
+    answer_logps(model, pack([(trunk, a) for trunk, a in draw_trees(1)], "cpu")).sum().backward()
+    common.update(model, [adamw, muon], torch.amp.GradScaler("cpu", enabled=False), 1.0, 1e-3)
+    for p in group["params"]:
+        size = 1e-3 * common.MUON_SCALE * 0.2 * max(p.shape) ** 0.5
+        values = torch.linalg.svdvals((p - before[id(p)]).detach() / size)
+        assert values.quantile(0.3) > 0.5 and values.max() < 1.4  # a gradient may be of low rank
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"optimizer": "sgd"}, "adamw, muon, auto, not sgd"), ({"lora_rank": 2}, "--lora_rank"),
+     ({"fsdp": True}, "--fsdp")],
+)  # fmt: skip
+def test_muon_is_for_whole_matrices(options, named):
+    with pytest.raises(UserError, match=named):
+        train_dpo.Options(**{"optimizer": "muon"} | options)
+    assert train_dpo.Options(**options | {"optimizer": "auto"})
+
+
 # ---------------------------------------------------------------- stop and go on
 
 
@@ -276,16 +318,18 @@ def assert_same_run(a, b):
     """Weights, optimizer, random state and log of two finished runs are equal bit for bit."""
     assert same(weights(a), weights(b))
     last = weights(a, "last.pt")
-    assert last["optimizer"]["state"] and {"model", "random_state", "step"} <= last.keys()
+    assert all(optimizer["state"] for optimizer in last["optimizers"])
+    assert {"model", "random_state", "step"} <= last.keys()
     assert same(last, weights(b, "last.pt"))
     assert read_log(a) == read_log(b)
 
 
-@pytest.mark.parametrize("stage", [sft, dpo])
-def test_kill_minus_nine_and_resume(stage, keep_ckpt):
+@pytest.mark.parametrize(("stage", "optimizer"), [(sft, ""), (dpo, "adamw"), (dpo, "muon")])
+def test_kill_minus_nine_and_resume(stage, optimizer, keep_ckpt):
     """SIGKILL at a random moment; nothing is lost but the steps since the last checkpoint."""
     options = {"max_steps": 130, "save_every": 5}
     if stage is dpo:
+        options["optimizer"] = optimizer
         options |= {"eval_data": "pairs.jsonl", "eval_every": 7}
     script = "train_sft.py" if stage is sft else "train_dpo.py"
     settings = (SFT if stage is sft else DPO) | options | {"out_dir": "out/cut"}
