@@ -357,43 +357,48 @@ def load_trained(model, tensors):
         p.copy_(part_of(tensors[name], p))
 
 
-def check_optimizer(options, *names):
-    """Raises UserError for another --optimizer, and for muon where it cannot be."""
-    if options.optimizer not in names:
-        raise UserError(f"--optimizer must be one of {', '.join(names)}, not {options.optimizer}")
-    if options.optimizer == "muon" and (options.fsdp or options.lora_rank):
+MUON_SCALE = 3  # how much larger than AdamW's its learning rate is
+
+
+def pick_optimizer(options, names):
+    """adamw or muon, what --optimizer asks for; auto is muon for data called `world`.
+
+    Raises UserError for another name, and for muon where it cannot be.
+    """
+    parts = options.fsdp or options.lora_rank
+    if options.optimizer == "auto":
+        return "muon" if names == "world" and not parts else "adamw"
+    if options.optimizer not in ("adamw", "muon"):
+        raise UserError(f"--optimizer must be adamw, muon or auto, not {options.optimizer}")
+    if options.optimizer == "muon" and parts:
         raise UserError("--optimizer muon is for whole matrices: no --fsdp, no --lora_rank")
+    return options.optimizer
 
 
-MUON_SCALE = 3  # of the learning rate; then an update is 0.6 of it per weight, root mean square
-
-
-def optimizers(model, weight_decay, muon=False):
+def optimizers(model, weight_decay, kind="adamw"):
     """[AdamW], or [AdamW, Muon] with Muon for the matrices of attention and MLPs.
 
-    Weight decay is on matrices only. Muon: Jordan et al. 2024, with the scale of Liu et al. 2025,
-    arXiv:2502.16982.
+    Weight decay is on matrices only. Muon (Jordan et al. 2024) gives all directions of a matrix's
+    update the same length; here 0.2 times its learning rate for each weight, root mean square
+    (Liu et al. 2025, arXiv:2502.16982), and the learning rate is MUON_SCALE times AdamW's.
     """
-    of_muon = {name for name, p in trained(model).items()
-               if muon and p.dim() == 2 and (".attention." in name or ".mlp." in name)}
-    rest = [p for name, p in trained(model).items() if name not in of_muon]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]  # fmt: skip
+    matrices, hidden, vectors = [], [], []
+    for name, p in trained(model).items():
+        within = kind == "muon" and (".attention." in name or ".mlp." in name)
+        (vectors if p.dim() < 2 else hidden if within else matrices).append(p)
+    groups = [{"params": matrices, "weight_decay": weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
     found = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
-    if of_muon:
-        group = {"params": [trained(model)[name] for name in sorted(of_muon)], "scale": MUON_SCALE}
-        found.append(torch.optim.Muon(
-            [group], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        ))  # fmt: skip
+    if kind == "muon":
+        group = {"params": hidden, "scale": MUON_SCALE, "weight_decay": weight_decay / MUON_SCALE}
+        found.append(torch.optim.Muon([group], adjust_lr_fn="match_rms_adamw"))
     return found
 
 
 def update(model, optimizers, scaler, clip, rate):
     """One step of each optimizer at this learning rate, gradients clipped: their norm before.
 
-    Raises UserError when the gradient is not finite (with fp16 the scaler skips such a step).
+    Raises UserError when the gradient is not finite (with fp16 such a step is skipped).
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -403,7 +408,8 @@ def update(model, optimizers, scaler, clip, rate):
     if not scaler.is_enabled() and not norm.isfinite():
         raise UserError("the gradient is not finite: lower --learning_rate")
     for optimizer in optimizers:
-        scaler.step(optimizer)
+        if norm.isfinite():  # the scaler itself looks at the gradients of one optimizer only
+            scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     if scaler.is_enabled() and scaler.get_scale() < 1:  # 65,536 at first, halved by each such step
@@ -444,7 +450,7 @@ def load_checkpoint(folder, run_hash, model, optimizers, scaler):
             optimizer.load_state_dict(optimizer_state(optimizer, part_of, its_state))
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random_state"])
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: truncated or of another model: {error}") from None
     return state["step"]
 

@@ -209,7 +209,7 @@ RATED_FIELDS = {"instruction", "completions", "response", *ASPECTS}
 
 
 def read_responses(names):
-    """Records of SFT files: meta-prompt, prompt, and `response` or `chosen` and `rejected`.
+    """Records of SFT files: meta-prompt, prompt, and `response`, `chosen` and `rejected`, or both.
 
     Raises UserError that names the line.
     """
@@ -221,6 +221,7 @@ def read_responses(names):
             else:
                 record = common_fields(fields, line)
                 record["prompt"] = take_prompt(fields, record, line)
+            if "response" in fields or "chosen" not in fields:
                 record["response"] = answer_text(fields, "response", line)
             records.append(record)
     if not records:

@@ -49,21 +49,20 @@ class Options:
     resume: bool = False  # go on with an unfinished run
     blank_meta_prompt: bool = False  # static control: hide every meta-prompt in training
     beta: float = 0.2  # DPO's temperature
-    dpop: float = 0.0  # penalty where a chosen answer is less likely than under the reference
     sft_weight: float = 1.0  # weight of the chosen answer's mean negative log-likelihood
     fsdp: bool = False  # under torchrun, spread weights, gradients and optimizer over processes
     lora_rank: int = 0  # train adapters of this rank on a frozen model; 0: train the model
     activation_checkpointing: bool = False  # run blocks twice instead of keeping what they compute
     block_size: int = 0  # cut prompt and answer to this many tokens; 0: the model's context
     label_smoothing: float = 0.0  # e turns a label's probability p into (1 - e) p + e (1 - p)
-    epochs: float = 2.5  # passes over the data
+    epochs: float = 3.0  # passes over the data
     max_steps: int = 0  # stop after this many steps instead; 0: as many as the epochs take
     batch_size: int = 24  # pairs a step; even, so that flips stay whole
     micro_tokens: int = 4096  # tree tokens of one forward pass; changes memory, not the result
     optimizer: str = "auto"  # adamw, muon (on attention and MLPs), auto: muon on the world
     learning_rate: float = 2e-3  # peak
     warmup_steps: int = 30  # linear, before the cosine to a fiftieth of the peak
-    weight_decay: float = 0.1  # AdamW's, on matrices
+    weight_decay: float = 0.1  # on matrices
     clip: float = 1.0  # largest gradient norm
     eval_every: int = 125  # steps between evaluations of a fixed part of the evaluation data
     eval_pairs: int = 40  # how many pairs of each evaluation set that is
@@ -79,12 +78,11 @@ class Options:
             "log_every",
         )  # fmt: skip
         common.at_least(
-            self, 0, "dpop", "sft_weight", "epochs", "max_steps", "learning_rate", "warmup_steps",
+            self, 0, "sft_weight", "epochs", "max_steps", "learning_rate", "warmup_steps",
             "weight_decay", "clip", "seed", "lora_rank", "block_size", "context", "latent",
         )  # fmt: skip
         if self.fsdp and (self.lora_rank or self.latent):
             raise UserError("--fsdp trains the whole model: leave out --lora_rank and --latent")
-        common.check_optimizer(self, "adamw", "muon", "auto")
         if self.context and self.blank_meta_prompt:
             raise UserError("--context and --blank_meta_prompt exclude each other")
         if not 0 < self.beta < math.inf:
@@ -95,22 +93,18 @@ class Options:
 
 def dpo_loss(
     policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
-    beta, label_prob=1.0, dpop=0.0,
+    beta, label_prob=1.0,
 ):  # fmt: skip
     """The DPO loss of each pair (Rafailov et al. 2023, arXiv:2305.18290, Eq. 7).
 
     policy_*_logps, reference_*_logps: (pairs,) float32, sums over the answer's tokens, nats.
     beta: DPO's temperature. label_prob: scalar or (pairs,), how likely the label is right.
-    dpop: weight of the penalty on a preferred answer that is less likely than under the reference
-    (DPO-Positive, Pal et al. 2024, arXiv:2402.13228).
     Returns losses, chosen_rewards, rejected_rewards: (pairs,) each.
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     margins = chosen_rewards - rejected_rewards
-    right = F.logsigmoid(margins - dpop * F.relu(-chosen_rewards))
-    wrong = F.logsigmoid(-margins - dpop * F.relu(-rejected_rewards))
-    losses = -label_prob * right - (1 - label_prob) * wrong
+    losses = -label_prob * F.logsigmoid(margins) - (1 - label_prob) * F.logsigmoid(-margins)
     return losses, chosen_rewards, rejected_rewards
 
 
@@ -183,6 +177,8 @@ def first_stage(options, folder):
 
 def main(options):
     # 1. Options and seed.
+    kind = common.pick_optimizer(options, options.pref_data)
+    options = dataclasses.replace(options, optimizer=kind)
     in_world = options.pref_data in world.DATA
     if options.pref_data != "world" and not options.out_dir:
         raise UserError("--out_dir is required on other data than the world")
@@ -245,11 +241,7 @@ def main(options):
     label_probs = (1 - e) * label_probs + e * (1 - label_probs)
 
     # 4. Optimizers, and the folder of the run.
-    muon = options.optimizer == "muon" or (
-        options.optimizer == "auto" and options.pref_data == "world"
-        and not (lora or options.fsdp)
-    )  # fmt: skip
-    optimizers = common.optimizers(policy, options.weight_decay, muon)
+    optimizers = common.optimizers(policy, options.weight_decay, options.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     config = {
         "stage": "dpo", "options": dataclasses.asdict(options), "precision": precision,
@@ -316,7 +308,7 @@ def main(options):
             label_prob = label_probs[of].to(device)
             losses, chosen_rewards, rejected_rewards = dpo_loss(
                 logps[:, 0], logps[:, 1], reference_now[:, 0], reference_now[:, 1],
-                options.beta, label_prob, options.dpop,
+                options.beta, label_prob,
             )  # fmt: skip
             lengths = logps.new_tensor([[len(a) for a in batch[i].answers] for i in micro])
             if step == 0:

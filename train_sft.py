@@ -47,7 +47,7 @@ class Options:
     optimizer: str = "adamw"  # adamw, muon (on attention and MLPs)
     learning_rate: float = 3e-3  # peak
     warmup_steps: int = 10  # linear, before the cosine to a fiftieth of the peak
-    weight_decay: float = 0.1  # AdamW's, on matrices
+    weight_decay: float = 0.1  # on matrices
     clip: float = 1.0  # largest gradient norm
     save_every: int = 100  # steps between checkpoints to resume from
     log_every: int = 10  # steps between printed lines; log.jsonl has every step
@@ -64,7 +64,6 @@ class Options:
             self, 0, "epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay",
             "clip", "seed", "lora_rank", "block_size", "context",
         )  # fmt: skip
-        common.check_optimizer(self, "adamw", "muon")
         if self.fsdp and self.lora_rank:
             raise UserError("--fsdp trains the whole model: leave out --lora_rank")
 
@@ -81,6 +80,8 @@ def new_model(options, vocab_size):
 
 def main(options):
     # 1. Options and seed.
+    kind = common.pick_optimizer(options, options.data)
+    options = dataclasses.replace(options, optimizer=kind)
     if not options.out_dir and options.data != "world":
         raise UserError("--out_dir is required on other data than the world")
     folder = Path(options.out_dir or "out/sft")
@@ -124,8 +125,7 @@ def main(options):
     examples = data.encode_all(records, tokenizer, block_size, options.data)
 
     # 4. Optimizers, and the folder of the run.
-    muon = options.optimizer == "muon"
-    optimizers = common.optimizers(model, options.weight_decay, muon)
+    optimizers = common.optimizers(model, options.weight_decay, options.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     config = {
         "stage": "sft", "options": dataclasses.asdict(options), "precision": precision,

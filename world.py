@@ -578,7 +578,7 @@ def user_rows():
     """SFT rows for a model to learn to read choices from: SFT_USERS users, 20 rows each.
 
     The response has all five of the values that its user wants; the user's choice, context for the
-    other rows, is between answers that differ on one to five axes.
+    other rows, is between answers that differ on one, two, three or all axes.
     """
     rng, rows, pool = Random(f"{SEED} user rows"), [], []
     for _ in range(TRAIN_PAIRS):

@@ -50,19 +50,6 @@ def test_dpo_loss_worked_by_hand():
     assert losses.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_dpop_counts_again_what_the_preferred_answer_has_lost():
-    """The pairs above with dpop 2: the first chosen answer has lost nothing, the second 5 nats.
-
-        pair 1: margin 0.3 as before; if the label is wrong -0.3 - 2 * 0.1 = -0.5
-        pair 2: margin -0.7 - 2 * 0.5 = -1.7; if the label is wrong 0.7 as before
-    """
-    logps = tensors([-10, -30], [-14, -20], [-12, -25], [-13, -22])
-    for label_prob, margins in ((1.0, (0.3, -1.7)), (0.0, (-0.5, 0.7))):
-        losses, *rewards = dpo_loss(*logps, 0.1, label_prob, dpop=2.0)
-        assert losses.tolist() == pytest.approx([-math.log(sigmoid(m)) for m in margins], abs=1e-6)
-    assert [r.tolist() for r in rewards] == [r.tolist() for r in dpo_loss(*logps, 0.1)[1:]]
-
-
 @pytest.mark.parametrize("label_prob", [1.0, 0.7, 0.0])
 def test_loss_is_ln_2_where_policy_equals_reference(label_prob):
     chosen, rejected = tensors([-3.0, -800.0, -41.5], [-9.0, -2.0, -41.5])
