@@ -357,71 +357,40 @@ def load_trained(model, tensors):
         p.copy_(part_of(tensors[name], p))
 
 
-MUON_SCALE = 3  # how much larger than AdamW's its learning rate is
+def adamw(model, peak, weight_decay):
+    """AdamW; weight decay on matrices only."""
+    groups = [
+        {"params": [p for p in trained(model).values() if p.dim() >= 2],
+         "weight_decay": weight_decay},
+        {"params": [p for p in trained(model).values() if p.dim() < 2], "weight_decay": 0.0},
+    ]  # fmt: skip
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
 
 
-def pick_optimizer(options, names):
-    """adamw or muon, what --optimizer asks for; auto is muon for data called `world`.
+def update(model, optimizer, scaler, clip, rate):
+    """One optimizer step at this learning rate, gradients clipped: their norm before clipping.
 
-    Raises UserError for another name, and for muon where it cannot be.
+    Raises UserError when the gradient is not finite (with fp16 the scaler skips such a step).
     """
-    parts = options.fsdp or options.lora_rank
-    if options.optimizer == "auto":
-        return "muon" if names == "world" and not parts else "adamw"
-    if options.optimizer not in ("adamw", "muon"):
-        raise UserError(f"--optimizer must be adamw, muon or auto, not {options.optimizer}")
-    if options.optimizer == "muon" and parts:
-        raise UserError("--optimizer muon is for whole matrices: no --fsdp, no --lora_rank")
-    return options.optimizer
-
-
-def optimizers(model, weight_decay, kind="adamw"):
-    """[AdamW], or [AdamW, Muon] with Muon for the matrices of attention and MLPs.
-
-    Weight decay is on matrices only. Muon (Jordan et al. 2024) gives all directions of a matrix's
-    update the same length; here 0.2 times its learning rate for each weight, root mean square
-    (Liu et al. 2025, arXiv:2502.16982), and the learning rate is MUON_SCALE times AdamW's.
-    """
-    matrices, hidden, vectors = [], [], []
-    for name, p in trained(model).items():
-        within = kind == "muon" and (".attention." in name or ".mlp." in name)
-        (vectors if p.dim() < 2 else hidden if within else matrices).append(p)
-    groups = [{"params": matrices, "weight_decay": weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    found = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
-    if kind == "muon":
-        group = {"params": hidden, "scale": MUON_SCALE, "weight_decay": weight_decay / MUON_SCALE}
-        found.append(torch.optim.Muon([group], adjust_lr_fn="match_rms_adamw"))
-    return found
-
-
-def update(model, optimizers, scaler, clip, rate):
-    """One step of each optimizer at this learning rate, gradients clipped: their norm before.
-
-    Raises UserError when the gradient is not finite (with fp16 such a step is skipped).
-    """
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("scale", 1)
-        scaler.unscale_(optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    scaler.unscale_(optimizer)
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
     if not scaler.is_enabled() and not norm.isfinite():
         raise UserError("the gradient is not finite: lower --learning_rate")
-    for optimizer in optimizers:
-        if norm.isfinite():  # the scaler itself looks at the gradients of one optimizer only
-            scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+    scaler.step(optimizer)
     scaler.update()
     if scaler.is_enabled() and scaler.get_scale() < 1:  # 65,536 at first, halved by each such step
         raise UserError("the gradient is never finite: lower --learning_rate")
+    optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
 
-def save_checkpoint(folder, step, run_hash, model, optimizers, scaler):
+def save_checkpoint(folder, step, run_hash, model, optimizer, scaler):
     """All that a run needs to go on: its data order follows from the seed and the step."""
     tensors = {name: saved(p.detach()) for name, p in trained(model).items()}
     state = {"step": step, "run": run_hash, "model": tensors,
-             "optimizers": [optimizer_state(o, lambda x, _: saved(x)) for o in optimizers],
+             "optimizer": optimizer_state(optimizer, lambda x, _: saved(x)),
              "scaler": scaler.state_dict(), "random_state": torch.get_rng_state()}
     save_tensors(folder / "ckpt.pt", state)
 
@@ -435,7 +404,7 @@ def optimizer_state(optimizer, change, state=None):
     return state | {"state": moments}
 
 
-def load_checkpoint(folder, run_hash, model, optimizers, scaler):
+def load_checkpoint(folder, run_hash, model, optimizer, scaler):
     """Restore what `save_checkpoint` wrote: the number of steps done.
 
     Raises UserError when the file is broken or was written under other options or data.
@@ -446,8 +415,7 @@ def load_checkpoint(folder, run_hash, model, optimizers, scaler):
         raise UserError(f"{path}: cannot resume: options, data or starting model have changed")
     try:
         load_trained(model, state["model"])
-        for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state(optimizer, part_of, its_state))
+        optimizer.load_state_dict(optimizer_state(optimizer, part_of, state["optimizer"]))
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random_state"])
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -464,10 +432,10 @@ def run_hash(config, examples, *more):
     return content_hash(config | {"options": options}, rows, *more)
 
 
-def start_run(folder, options, config, run_hash, model, optimizers, scaler):
+def start_run(folder, options, config, run_hash, model, optimizer, scaler):
     """Claim the folder, resume or write config.json: the number of steps that are done."""
     if on_first(open_run, folder, options.resume, options.overwrite):
-        return load_checkpoint(folder, run_hash, model, optimizers, scaler)
+        return load_checkpoint(folder, run_hash, model, optimizer, scaler)
     save_json(folder / "config.json", config | provenance())
     return 0
 

@@ -158,7 +158,7 @@ def train(options, n_features, draw, seed, device, log=None):
     """A reward model trained on draw() -> (pairs (B, P, 2, F), present (B, P))."""
     torch.manual_seed(seed)
     model = RewardModel(n_features, options.latent, options.n_hidden, options.n_layer).to(device)
-    optimizers = common.optimizers(model, options.weight_decay)
+    optimizer = common.adamw(model, options.learning_rate, options.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     bar = tqdm(range(options.steps), desc=f"btl, seed {seed}", unit="step", leave=False)
     for step in bar:
@@ -173,7 +173,7 @@ def train(options, n_features, draw, seed, device, log=None):
         rate = common.learning_rate(
             step, options.steps, options.warmup_steps, options.learning_rate
         )
-        grad_norm = common.update(model, optimizers, scaler, 1.0, rate)
+        grad_norm = common.update(model, optimizer, scaler, 1.0, rate)
         if log:
             log.write(step=step + 1, loss=loss.item(), grad_norm=grad_norm, learning_rate=rate)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)

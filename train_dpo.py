@@ -55,14 +55,13 @@ class Options:
     activation_checkpointing: bool = False  # run blocks twice instead of keeping what they compute
     block_size: int = 0  # cut prompt and answer to this many tokens; 0: the model's context
     label_smoothing: float = 0.0  # e turns a label's probability p into (1 - e) p + e (1 - p)
-    epochs: float = 3.0  # passes over the data
+    epochs: float = 4.0  # passes over the data
     max_steps: int = 0  # stop after this many steps instead; 0: as many as the epochs take
     batch_size: int = 24  # pairs a step; even, so that flips stay whole
     micro_tokens: int = 4096  # tree tokens of one forward pass; changes memory, not the result
-    optimizer: str = "auto"  # adamw, muon (on attention and MLPs), auto: muon on the world
     learning_rate: float = 2e-3  # peak
     warmup_steps: int = 30  # linear, before the cosine to a fiftieth of the peak
-    weight_decay: float = 0.1  # on matrices
+    weight_decay: float = 0.1  # AdamW's, on matrices
     clip: float = 1.0  # largest gradient norm
     eval_every: int = 125  # steps between evaluations of a fixed part of the evaluation data
     eval_pairs: int = 40  # how many pairs of each evaluation set that is
@@ -177,8 +176,6 @@ def first_stage(options, folder):
 
 def main(options):
     # 1. Options and seed.
-    kind = common.pick_optimizer(options, options.pref_data)
-    options = dataclasses.replace(options, optimizer=kind)
     in_world = options.pref_data in world.DATA
     if options.pref_data != "world" and not options.out_dir:
         raise UserError("--out_dir is required on other data than the world")
@@ -240,8 +237,8 @@ def main(options):
     label_probs = torch.tensor([r.get("label_prob", 1.0) for r in records])
     label_probs = (1 - e) * label_probs + e * (1 - label_probs)
 
-    # 4. Optimizers, and the folder of the run.
-    optimizers = common.optimizers(policy, options.weight_decay, options.optimizer)
+    # 4. Optimizer, and the folder of the run.
+    optimizer = common.adamw(policy, options.learning_rate, options.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     config = {
         "stage": "dpo", "options": dataclasses.asdict(options), "precision": precision,
@@ -252,7 +249,7 @@ def main(options):
     if options.latent and not any(choices):
         raise UserError("--latent: no row has choices to read; --context takes them from others")
     run_hash = common.run_hash(config, examples, label_probs.tolist(), choices)
-    first_step = common.start_run(folder, options, config, run_hash, policy, optimizers, scaler)
+    first_step = common.start_run(folder, options, config, run_hash, policy, optimizer, scaler)
     tokenizer.save(folder)
     log = common.Log(folder, first_step)
 
@@ -286,7 +283,7 @@ def main(options):
                 log.write(step=step, **watch.look(policy))
             policy.train()
         if step % options.save_every == 0 and step > first_step:
-            common.save_checkpoint(folder, step, run_hash, policy, optimizers, scaler)
+            common.save_checkpoint(folder, step, run_hash, policy, optimizer, scaler)
         if last:
             break
         start = time.perf_counter()
@@ -325,7 +322,7 @@ def main(options):
         rate = common.learning_rate(
             step, order.max_steps, options.warmup_steps, options.learning_rate
         )
-        grad_norm = common.update(policy, optimizers, scaler, options.clip, rate)
+        grad_norm = common.update(policy, optimizer, scaler, options.clip, rate)
 
         pairs = torch.cat(distributed.gather(torch.cat(pairs, dim=1).cpu()), dim=1)
         dpo, sft, chosen, rejected, logps_chosen, logps_rejected = pairs.mean(1).tolist()

@@ -44,10 +44,9 @@ class Options:
     max_steps: int = 0  # stop after this many steps instead; 0: as many as the epochs take
     batch_size: int = 64  # rows a step
     micro_tokens: int = 4096  # tree tokens of one forward pass; changes memory, not the result
-    optimizer: str = "adamw"  # adamw, muon (on attention and MLPs)
     learning_rate: float = 3e-3  # peak
     warmup_steps: int = 10  # linear, before the cosine to a fiftieth of the peak
-    weight_decay: float = 0.1  # on matrices
+    weight_decay: float = 0.1  # AdamW's, on matrices
     clip: float = 1.0  # largest gradient norm
     save_every: int = 100  # steps between checkpoints to resume from
     log_every: int = 10  # steps between printed lines; log.jsonl has every step
@@ -80,8 +79,6 @@ def new_model(options, vocab_size):
 
 def main(options):
     # 1. Options and seed.
-    kind = common.pick_optimizer(options, options.data)
-    options = dataclasses.replace(options, optimizer=kind)
     if not options.out_dir and options.data != "world":
         raise UserError("--out_dir is required on other data than the world")
     folder = Path(options.out_dir or "out/sft")
@@ -124,8 +121,8 @@ def main(options):
     records = [data.chosen_as_response(record) for record in records]
     examples = data.encode_all(records, tokenizer, block_size, options.data)
 
-    # 4. Optimizers, and the folder of the run.
-    optimizers = common.optimizers(model, options.weight_decay, options.optimizer)
+    # 4. Optimizer, and the folder of the run.
+    optimizer = common.adamw(model, options.learning_rate, options.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     config = {
         "stage": "sft", "options": dataclasses.asdict(options), "precision": precision,
@@ -134,7 +131,7 @@ def main(options):
     if options.init_from != "scratch":
         config["reference"] = start_of(options.init_from, folder)
     run_hash = common.run_hash(config, examples)
-    first_step = common.start_run(folder, options, config, run_hash, model, optimizers, scaler)
+    first_step = common.start_run(folder, options, config, run_hash, model, optimizer, scaler)
     tokenizer.save(folder)
     log = common.Log(folder, first_step)
 
@@ -142,7 +139,7 @@ def main(options):
     bar = tqdm(total=order.max_steps, initial=first_step, desc="sft", unit="step")
     for step in range(first_step, order.max_steps):
         if step % options.save_every == 0 and step > first_step:
-            common.save_checkpoint(folder, step, run_hash, model, optimizers, scaler)
+            common.save_checkpoint(folder, step, run_hash, model, optimizer, scaler)
         start = time.perf_counter()
         batch = [examples[i] for i in order.batch(step)]
         n_learned = sum(len(example.answers[0]) for example in batch)
@@ -163,7 +160,7 @@ def main(options):
         rate = common.learning_rate(
             step, order.max_steps, options.warmup_steps, options.learning_rate
         )
-        grad_norm = common.update(model, optimizers, scaler, options.clip, rate)
+        grad_norm = common.update(model, optimizer, scaler, options.clip, rate)
 
         n_tokens = sum(map(data.tree_size, batch))
         fields = {"step": step + 1, "loss": loss_sum, "grad_norm": grad_norm,

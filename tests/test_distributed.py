@@ -51,13 +51,13 @@ def check_same(one, two):
     assert max((a[name] - b[name]).abs().max() for name in a) < 1e-4
 
 
-@pytest.mark.parametrize("how", [{}, {"fsdp": True}, {"lora_rank": 2}, {"optimizer": "muon"}])
+@pytest.mark.parametrize("how", [{}, {"fsdp": True}, {"lora_rank": 2}])
 def test_two_processes_learn_what_one_does(workplace, how):
     """Unequal trees and cuts: five rows a step, the last step has four, few tokens at a time."""
     settings = {"micro_tokens": 100, "epochs": 2.0, "eval_data": "pairs.jsonl", "eval_every": 3}
     train("train_dpo.py", 1, out_dir="out/one", **settings)
     out = train("train_dpo.py", 2, out_dir="out/two", **settings, **how)
-    if how and "fsdp" not in how:
+    if "lora_rank" in how:
         train("train_dpo.py", 1, out_dir="out/one", overwrite=True, **settings, **how)
     check_same("out/one", "out/two")
     assert out.count("flips right") == 1  # one process prints

@@ -36,14 +36,14 @@ CPU = torch.device("cpu")
 
 def train(model, trees, n_steps):
     """Some steps as a run takes them: (losses, the optimizer)."""
-    [optimizer], losses = common.optimizers(model, 0.1), []
+    optimizer, losses = common.adamw(model, 1e-2, 0.1), []
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     for _ in range(n_steps):
         loss = -answer_logps(model, trees).mean()
         loss.backward()
         losses.append(loss.item())
         assert {n for n, p in model.named_parameters() if p.grad is not None} == adapters(model)
-        common.update(model, [optimizer], scaler, 1.0, 1e-2)
+        common.update(model, optimizer, scaler, 1.0, 1e-2)
     return losses, optimizer
 
 
@@ -244,7 +244,7 @@ def test_interrupted_run_leaves_a_small_checkpoint(monkeypatch):
         lora("out/a", max_steps=3, save_every=2)
     state = weights("out/a", "ckpt.pt")
     names = [name for name in state["model"] if "lora_" not in name]
-    assert names == [] and len(state["optimizers"][0]["state"]) == len(state["model"]) == 8
+    assert names == [] and len(state["optimizer"]["state"]) == len(state["model"]) == 8
     lora("out/a", max_steps=3, save_every=2, resume=True)
     assert weights("out/a").keys() == state["model"].keys()
 

@@ -21,17 +21,14 @@ import sample
 import train_dpo
 import world
 from common import UserError
-from model import ModelConfig, Transformer, answer_logps, pack
+from model import ModelConfig, Transformer, pack
 from tiny import (
     ANSWERS,
-    CONFIG,
     DPO,
     SFT,
     command_line,
     dpo,
-    draw_trees,
     lora,
-    new_model,
     pairs,
     read_log,
     responses,
@@ -272,104 +269,23 @@ def test_evaluation_uses_the_recorded_reference_and_notices_a_changed_one():
         run(evaluate, ckpt="out/a", pref_data="pairs.jsonl")
 
 
-# ---------------------------------------------------------------- optimizers
-
-
-def test_muon_moves_every_direction_of_a_matrix_alike():
-    """AdamW has all but the matrices of attention and MLPs; each parameter has one optimizer."""
-    model = new_model().train()
-    adamw, muon = common.optimizers(model, 0.0, "muon")
-    groups = [group for o in (adamw, muon) for group in o.param_groups]
-    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(
-        map(id, model.parameters())
-    )
-    names = {id(p): name for name, p in model.named_parameters()}
-    [group] = muon.param_groups
-    assert {names[id(p)] for p in group["params"]} == {
-        f"blocks.{i}.{part}.weight" for i in range(CONFIG.n_layer)
-        for part in ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
-    }  # fmt: skip
-
-    before = {id(p): p.detach().clone() for p in model.parameters()}
-    answer_logps(model, pack([(trunk, a) for trunk, a in draw_trees(1)], "cpu")).sum().backward()
-    common.update(model, [adamw, muon], torch.amp.GradScaler("cpu", enabled=False), 1.0, 1e-3)
-    for p in group["params"]:
-        size = 1e-3 * common.MUON_SCALE * 0.2 * max(p.shape) ** 0.5
-        values = torch.linalg.svdvals((p - before[id(p)]).detach() / size)
-        assert values.quantile(0.3) > 0.5 and values.max() < 1.4  # a gradient may be of low rank
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_weight_decay_is_the_same_under_both_optimizers():
-    model = new_model().train()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    common.update(model, common.optimizers(model, 0.1, "muon"), scaler, 1.0, 1e-2)
-    for name, p in model.named_parameters():
-        shrunk = 1 - 1e-2 * 0.1 * (p.dim() == 2)
-        torch.testing.assert_close(p.detach(), before[name] * shrunk, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["embedding.weight", "blocks.0.norm_1.weight",
-                                  "blocks.1.mlp.down.weight"])  # fmt: skip
-@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
-def test_fp16_skips_a_step_of_both_optimizers(name, bad):
-    """The gradients of one of them are not finite; clipping would carry that to the other's."""
-    model = new_model().train()
-    optimizers = common.optimizers(model, 0.1, "muon")
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    for broken in (False, True):
-        before = [p.detach().clone() for p in model.parameters()]
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        scaler.scale(torch.zeros(()))
-        if broken:
-            model.get_parameter(name).grad.view(-1)[0] = bad
-        norm = common.update(model, optimizers, scaler, 1.0, 1e-3)
-        stayed = [torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True)]
-        assert math.isfinite(norm) != broken and stayed == [broken] * len(stayed)
-    assert scaler.get_scale() == 32
-
-
-@pytest.mark.parametrize(
-    ("options", "data", "kind"),
-    [({}, "world", "muon"), ({}, "users", "adamw"), ({}, "pairs.jsonl", "adamw"),
-     ({"lora_rank": 2}, "world", "adamw"), ({"fsdp": True}, "world", "adamw"),
-     ({"optimizer": "adamw"}, "world", "adamw"), ({"optimizer": "muon"}, "pairs.jsonl", "muon"),
-     ({"optimizer": "sgd"}, "world", "must be adamw"),
-     ({"optimizer": "muon", "lora_rank": 2}, "world", "no --fsdp, no --lora_rank"),
-     ({"optimizer": "muon", "fsdp": True}, "world", "no --fsdp, no --lora_rank")],
-)  # fmt: skip
-def test_which_optimizer_trains(options, data, kind):
-    options = train_dpo.Options(**options)
-    if " " not in kind:
-        assert common.pick_optimizer(options, data) == kind
-    else:
-        with pytest.raises(UserError, match=kind):
-            common.pick_optimizer(options, data)
-
-
 # ---------------------------------------------------------------- stop and go on
 
 
 def assert_same_run(a, b):
-    """Weights, optimizers, random state and log of two finished runs are equal bit for bit."""
+    """Weights, optimizer, random state and log of two finished runs are equal bit for bit."""
     assert same(weights(a), weights(b))
     last = weights(a, "last.pt")
-    assert all(optimizer["state"] for optimizer in last["optimizers"])
-    assert {"model", "random_state", "step"} <= last.keys()
+    assert last["optimizer"]["state"] and {"model", "random_state", "step"} <= last.keys()
     assert same(last, weights(b, "last.pt"))
     assert read_log(a) == read_log(b)
 
 
-@pytest.mark.parametrize(("stage", "optimizer"), [(sft, ""), (dpo, "adamw"), (dpo, "muon")])
-def test_kill_minus_nine_and_resume(stage, optimizer, keep_ckpt):
+@pytest.mark.parametrize("stage", [sft, dpo])
+def test_kill_minus_nine_and_resume(stage, keep_ckpt):
     """SIGKILL at a random moment; nothing is lost but the steps since the last checkpoint."""
     options = {"max_steps": 130, "save_every": 5}
     if stage is dpo:
-        options["optimizer"] = optimizer
         options |= {"eval_data": "pairs.jsonl", "eval_every": 7}
     script = "train_sft.py" if stage is sft else "train_dpo.py"
     settings = (SFT if stage is sft else DPO) | options | {"out_dir": "out/cut"}
@@ -390,7 +306,6 @@ def test_kill_minus_nine_and_resume(stage, optimizer, keep_ckpt):
     stage("out/cut", **options, resume=True)
     stage("out/whole", **options)
     assert_same_run("out/cut", "out/whole")
-    assert len(weights("out/cut", "last.pt")["optimizers"]) == 1 + (optimizer == "muon")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
