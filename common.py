@@ -418,7 +418,7 @@ def load_checkpoint(folder, run_hash, model, optimizer, scaler):
         optimizer.load_state_dict(optimizer_state(optimizer, part_of, state["optimizer"]))
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random_state"])
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: truncated or of another model: {error}") from None
     return state["step"]
 

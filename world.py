@@ -634,6 +634,7 @@ def sft_rows():
     return rows
 
 
+# What train_sft.py learns under these names; its `users` have rows of their own.
 SFT_DATA = {"world": sft_rows, "users": user_rows}
 
 # ---------------------------------------------------------------- the vocabulary

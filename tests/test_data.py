@@ -458,7 +458,7 @@ def test_two_files_of_one_name_are_an_error(write_rows):
 
 def test_responses_of_sft_rows_and_of_pairs(write_rows, world_tokenizer):
     """In SFT a tree has one branch: the response, or else the chosen answer of a pair."""
-    both = SIMPLE | {"chosen": "No.", "response": "Yes."}
+    both = SIMPLE | {"chosen": "Maybe.", "response": "Yes."}
     path = write_rows("sft.jsonl", {"prompt": "Tea?", "response": "Yes."}, SIMPLE, both)
     rows = map(data.chosen_as_response, data.read_responses(str(path)))
     examples = [encode(row, world_tokenizer, 64) for row in rows]
