@@ -97,6 +97,7 @@ def run(main, cls):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         distributed.stop()
+    distributed.leave()
 
 
 def on_first(function, *arguments):
