@@ -39,9 +39,12 @@ class Options:
 
 
 SIZES = (0, 1, 3, 5, 10, 20)  # choices known
-NP_BTL = train_btl.Options(context=20, targets=20, steps=100, n_layer=2, learning_rate=3e-3)
+NP_BTL = train_btl.Options(
+    context=20, targets=20, steps=200, n_hidden=256, n_layer=2, learning_rate=3e-3
+)
 NP_SEEDS = 3
 RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0)  # candidates for the regression's regularisation
+COMPONENTS = 5  # of people's answers
 
 
 def read_all(path):
@@ -121,19 +124,39 @@ def split(trained, unseen, test_rows):
     return files
 
 
-# ---------------------------------------------------------------- per-person logistic regression
+# ---------------------------------------------------------------- features of statements
+
+
+def standardized(answers):
+    """(people, statements) answers in standard deviations from a statement's mean; missing: 0."""
+    spread = answers - np.nanmean(answers, axis=0)
+    return np.nan_to_num(spread / np.nanstd(answers, axis=0))
+
+
+def answer_features(statements, answers):
+    """{statement: (1 + COMPONENTS,) float32}: mean agreement, loadings on principal components.
+
+    answers: (people, statements), agreement 1 to 5, NaN where missing. Means have standard
+    deviation 1 over statements, and so have loadings on the first component; those on the others
+    keep their size beside it.
+    """
+    mean = np.nanmean(answers, axis=0)
+    _, sizes, loadings = np.linalg.svd(standardized(answers), full_matrices=False)
+    loadings = (sizes[:, None] * loadings)[:COMPONENTS]
+    rows = np.vstack([(mean - mean.mean()) / mean.std(), loadings / loadings[0].std()])
+    names = [row["statement"] for row in statements]
+    return dict(zip(names, torch.from_numpy(rows.T).float(), strict=True))
 
 
 def trait_features(statements, answers):
     """{statement: (traits + facets,) float32}: its sign at its trait and its facet, else 0.
 
-    answers: (people, statements), agreement 1 to 5, NaN where missing. A statement's sign is that
-    of its loading on the first principal component of its trait.
+    answers: as above. A statement's sign is that of its loading on the first principal component
+    of its trait.
     """
     traits = sorted({row["trait"] for row in statements})
     facets = sorted({row["facet"] for row in statements})
-    spread = answers - np.nanmean(answers, axis=0)
-    spread = np.nan_to_num(spread / np.nanstd(answers, axis=0))
+    spread = standardized(answers)
     table = {}
     for trait in traits:
         own = [i for i, row in enumerate(statements) if row["trait"] == trait]
@@ -150,6 +173,9 @@ def pair_features(choices, table):
     rows = [table[choice[side]] for choice in choices for side in ("chosen", "rejected")]
     n_features = len(next(iter(table.values())))
     return torch.stack(rows).unflatten(0, (-1, 2)) if rows else torch.zeros(0, 2, n_features)
+
+
+# ---------------------------------------------------------------- per-person logistic regression
 
 
 def differences(choices, table):
@@ -251,13 +277,16 @@ def main(options):
                 raise UserError(f"{record['where']}: field '{side}': not in statements.jsonl")
     people = {str(row["user"]) for row in trained}
     answers = read_answers(folder / "answers_train.jsonl", len(statements), people)
-    table = trait_features(statements, answers)
+    tables = {"traits and facets": trait_features(statements, answers),
+              "means and components": answer_features(statements, answers)}
     tests = {f"context from {kind}": {
         n: few_shot.with_context(files["test"], n, files[f"val-{kind}"]) for n in SIZES
     } for kind in ("a", "b")}
-    found, ridge = regression(files["train"], files["train-b"], tests, table)
-    runs = [neural_process(files["train"], tests, table, seed) for seed in range(NP_SEEDS)]
-    agreed = popularity(files["test"], statements, answers)
+    report = {"popularity": popularity(files["test"], statements, answers)}
+    for name, table in tables.items():
+        found, ridge = regression(files["train"], files["train-b"], tests, table)
+        runs = [neural_process(files["train"], tests, table, seed) for seed in range(NP_SEEDS)]
+        report[name] = {"regression": found, "ridge": ridge, "NP-BTL": runs}
 
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -268,16 +297,19 @@ def main(options):
         text, path = "\n".join(lines) + "\n", out / f"{name}.jsonl"
         common.write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
         print(f"{path}: {len(rows)} choices of {len({row['user'] for row in rows})} people")
-    report = {"regression": found, "ridge": ridge, "NP-BTL": runs, "popularity": agreed}
     common.save_json(out / "baselines.json", report | common.provenance())
 
-    print(f"\nright choices on {out / 'test'}.jsonl, %, by number of choices known\n"
-          f"{'logistic regression on traits':<32}" + "".join(f"{n:>7}" for n in SIZES))
-    print_lines(found)
-    print(f"NP-BTL on traits, mean of {NP_SEEDS} seeds")
-    print_lines({kind: {n: sum(run[kind][n] for run in runs) / NP_SEEDS for n in SIZES}
-                 for kind in tests})
-    print(f"the statement that the people of training agree with more: {100 * agreed:.1f}")
+    print(f"\nright choices on {out / 'test'}.jsonl, %, by number of choices known")
+    print(f"{'':<32}" + "".join(f"{n:>7}" for n in SIZES))
+    for name in tables:
+        print(f"logistic regression on {name}")
+        print_lines(report[name]["regression"])
+        print(f"NP-BTL on {name}, mean of {NP_SEEDS} seeds")
+        runs = report[name]["NP-BTL"]
+        print_lines({kind: {n: sum(run[kind][n] for run in runs) / NP_SEEDS for n in SIZES}
+                     for kind in tests})
+    print("the statement that the people of training agree with more: "
+          f"{100 * report['popularity']:.1f}")
 
 
 if __name__ == "__main__":

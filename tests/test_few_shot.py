@@ -3,8 +3,10 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -590,7 +592,21 @@ def people_data(write_rows, n_people=8):
     return choices
 
 
-def test_people_who_are_held_out_are_in_no_training_file(tmp_path, write_rows, command):
+def read_people(tmp_path):
+    """(statements, (people, statements) answers) that people_data wrote."""
+    statements = [json.loads(line) for line in (tmp_path / "statements.jsonl").open()]
+    rows = [json.loads(line) for line in (tmp_path / "answers_train.jsonl").open()]
+    return statements, np.array([row["answers"] for row in rows], dtype=float)
+
+
+@pytest.fixture
+def short_np_btl(monkeypatch):
+    monkeypatch.setattr(people, "NP_BTL", replace(people.NP_BTL, steps=2))
+
+
+def test_people_who_are_held_out_are_in_no_training_file(
+    tmp_path, write_rows, command, short_np_btl
+):
     people_data(write_rows)
     status, _, err = command(people, "--data", tmp_path, "--held_out", "2")
     assert status == 0, err
@@ -649,9 +665,7 @@ def test_the_regression_minimises_its_objective():
 
 def test_the_sign_of_a_statement_is_found_from_answers(tmp_path, write_rows):
     people_data(write_rows, 40)
-    statements = [json.loads(line) for line in (tmp_path / "statements.jsonl").open()]
-    rows = [json.loads(line) for line in (tmp_path / "answers_train.jsonl").open()]
-    answers = torch.tensor([row["answers"] for row in rows], dtype=torch.float64).numpy()
+    statements, answers = read_people(tmp_path)
     table = people.trait_features(statements, answers)
     for trait in "NEOAC":
         own = [s["statement"] for s in statements if s["trait"] == trait]
@@ -659,15 +673,28 @@ def test_the_sign_of_a_statement_is_found_from_answers(tmp_path, write_rows):
         assert len(set(signs[::2])) == len(set(signs[1::2])) == 1 and signs[0] == -signs[1]
 
 
-def test_a_neural_process_on_traits_infers_what_a_person_is_like(tmp_path, write_rows):
+def test_means_and_components_of_answers(tmp_path, write_rows):
+    """Answers that follow five traits are combinations of five components."""
+    people_data(write_rows, 40)
+    statements, answers = read_people(tmp_path)
+    table = people.answer_features(statements, answers)
+    rows = np.array([table[s["statement"]].tolist() for s in statements])
+    assert np.corrcoef(rows[:, 0], answers.mean(0))[0, 1] > 0.999
+    spread = (answers - answers.mean(0)) / answers.std(0)
+    fitted = spread @ np.linalg.pinv(rows[:, 1:].T) @ rows[:, 1:].T
+    assert np.abs(fitted - spread).max() < 1e-4
+    holes = np.where(np.random.default_rng(0).random(answers.shape) < 0.05, np.nan, answers)
+    again = people.answer_features(statements, holes)
+    assert all(row.isfinite().all() for row in again.values())
+
+
+@pytest.mark.parametrize("features", [people.trait_features, people.answer_features])
+def test_a_neural_process_infers_what_a_person_is_like(tmp_path, write_rows, features):
     records = people_data(write_rows, 200)
-    statements = [json.loads(line) for line in (tmp_path / "statements.jsonl").open()]
-    rows = [json.loads(line) for line in (tmp_path / "answers_train.jsonl").open()]
-    answers = torch.tensor([row["answers"] for row in rows], dtype=torch.float64).numpy()
     files = people.split(*people.hold_out(records, 50, 0), 10)
     tests = {kind: {n: few_shot.with_context(files["test"], n, files[f"val-{kind}"])
                     for n in (0, 20)} for kind in "ab"}  # fmt: skip
-    table = people.trait_features(statements, answers)
+    table = features(*read_people(tmp_path))
     found = people.neural_process(files["train"], tests, table, seed=0)
     for kind in "ab":  # no statement of b is in training
         assert found[kind][0] < 0.6 < 0.65 < found[kind][20]
