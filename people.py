@@ -1,6 +1,6 @@
 """Real people: which of two statements about oneself would this person rather say?
 
-    python people.py --data $DATA/people     # writes out/people/*.jsonl, prints what traits tell
+    python people.py --data $DATA/people     # writes out/people/*.jsonl, prints what features tell
 
 Training has the choices of some people between statements of group a; tested are others, on
 statements of group b that no training row has, with their choices from group a or b as context.
