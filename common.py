@@ -81,6 +81,7 @@ def run(main, cls):
         sys.stdout = open(os.devnull, "w")
     try:
         main(parse_options(cls, sys.argv[1:]))
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

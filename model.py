@@ -81,9 +81,6 @@ class Trees:
         if cache is not None:
             cache[0, :, :, : self.paths.shape[1]] = take(k, self.paths)
             cache[1, :, :, : self.paths.shape[1]] = take(v, self.paths)
-        share = q.shape[1] // k.shape[1]  # query heads of a key/value head
-        if share > 1:
-            k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
         outputs = [
             attention(take(q, group.queries), take(k, group.keys), take(v, group.keys), group.mask)
             .transpose(1, 2).flatten(2).flatten(0, 1)
@@ -98,14 +95,17 @@ def take(x, rows):
 
 
 def attention(q, k, v, mask):
-    """Of q (S, H, Lq, D) over k, v (S, H, Lk, D) where the mask is True; without one, causal."""
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    """Of q (S, H, Lq, D) over k, v (S, KV, Lk, D) where the mask is True; without one, causal."""
+    how = {"attn_mask": mask, "is_causal": mask is None}
+    if q.device.type != "cpu":  # not all kernels of a GPU share a key/value head
+        share = q.shape[1] // k.shape[1]
+        if share > 1:
+            k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, **how)
     # In bfloat16 the CPU kernel's backward pass takes up to twice as long as in float32.
     with torch.autocast("cpu", enabled=False):
-        q, k, v, dtype = q.float(), k.float(), v.float(), q.dtype
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    return y.to(dtype)
+        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), enable_gqa=True, **how)
+    return y.type_as(q)
 
 
 def pack(trees, device="cpu"):

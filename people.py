@@ -25,7 +25,7 @@ from common import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """Write the training and evaluation files; print what a person's traits predict."""
+    """Write the training and evaluation files; print what features of statements predict."""
 
     data: str = ""  # folder with choices_train.jsonl, answers_train.jsonl, statements.jsonl
     out_dir: str = "out/people"  # folder of the files
@@ -43,7 +43,7 @@ NP_BTL = train_btl.Options(
     context=20, targets=20, steps=200, n_hidden=256, n_layer=2, learning_rate=3e-3
 )
 NP_SEEDS = 3
-RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0)  # candidates for the regression's regularisation
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # candidates for the regression's regularisation
 COMPONENTS = 5  # of people's answers
 
 
@@ -128,21 +128,27 @@ def split(trained, unseen, test_rows):
 
 
 def standardized(answers):
-    """(people, statements) answers in standard deviations from a statement's mean; missing: 0."""
-    spread = answers - np.nanmean(answers, axis=0)
-    return np.nan_to_num(spread / np.nanstd(answers, axis=0))
+    """(people, statements) answers in standard deviations from a statement's mean.
+
+    0 where an answer is missing or everybody's is the same.
+    """
+    spread, deviation = answers - np.nanmean(answers, axis=0), np.nanstd(answers, axis=0)
+    return np.nan_to_num(spread / np.where(deviation > 0, deviation, 1))
 
 
-def answer_features(statements, answers):
-    """{statement: (1 + COMPONENTS,) float32}: mean agreement, loadings on principal components.
+def rating_features(statements, answers):
+    """{statement: float32 features}: mean agreement, loadings on COMPONENTS principal components.
 
     answers: (people, statements), agreement 1 to 5, NaN where missing. Means have standard
     deviation 1 over statements, and so have loadings on the first component; those on the others
-    keep their size beside it.
+    are as much smaller as they tell less. Raises UserError where people or statements do not
+    differ.
     """
     mean = np.nanmean(answers, axis=0)
     _, sizes, loadings = np.linalg.svd(standardized(answers), full_matrices=False)
     loadings = (sizes[:, None] * loadings)[:COMPONENTS]
+    if mean.std() < 1e-6 or loadings[0].std() < 1e-6:
+        raise UserError(f"the answers of {len(answers)} people of training do not differ")
     rows = np.vstack([(mean - mean.mean()) / mean.std(), loadings / loadings[0].std()])
     names = [row["statement"] for row in statements]
     return dict(zip(names, torch.from_numpy(rows.T).float(), strict=True))
@@ -151,8 +157,8 @@ def answer_features(statements, answers):
 def trait_features(statements, answers):
     """{statement: (traits + facets,) float32}: its sign at its trait and its facet, else 0.
 
-    answers: as above. A statement's sign is that of its loading on the first principal component
-    of its trait.
+    answers: (people, statements), agreement 1 to 5, NaN where missing. A statement's sign is that
+    of its loading on the first principal component of its trait.
     """
     traits = sorted({row["trait"] for row in statements})
     facets = sorted({row["facet"] for row in statements})
@@ -278,7 +284,7 @@ def main(options):
     people = {str(row["user"]) for row in trained}
     answers = read_answers(folder / "answers_train.jsonl", len(statements), people)
     tables = {"traits and facets": trait_features(statements, answers),
-              "means and components": answer_features(statements, answers)}
+              "means and components": rating_features(statements, answers)}
     tests = {f"context from {kind}": {
         n: few_shot.with_context(files["test"], n, files[f"val-{kind}"]) for n in SIZES
     } for kind in ("a", "b")}

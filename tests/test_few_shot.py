@@ -567,7 +567,7 @@ def test_on_the_way_between_two_latents_answers_change(monkeypatch):
 
 
 def people_data(write_rows, n_people=8):
-    """People whose answers follow two traits; a statement with `not` is reversed."""
+    """People whose answers follow five traits; a statement with `not` is reversed."""
     rng = random.Random(0)
     statements = [{"statement": f"{trait} {i}{' not' * (i % 2)}", "trait": trait,
                    "facet": f"{trait}{i // 10}"} for trait in "NEOAC" for i in range(60)]
@@ -677,18 +677,20 @@ def test_means_and_components_of_answers(tmp_path, write_rows):
     """Answers that follow five traits are combinations of five components."""
     people_data(write_rows, 40)
     statements, answers = read_people(tmp_path)
-    table = people.answer_features(statements, answers)
+    with pytest.raises(UserError, match="1 people of training do not differ"):
+        people.rating_features(statements, answers[:1])
+    table = people.rating_features(statements, answers)
     rows = np.array([table[s["statement"]].tolist() for s in statements])
     assert np.corrcoef(rows[:, 0], answers.mean(0))[0, 1] > 0.999
     spread = (answers - answers.mean(0)) / answers.std(0)
     fitted = spread @ np.linalg.pinv(rows[:, 1:].T) @ rows[:, 1:].T
     assert np.abs(fitted - spread).max() < 1e-4
     holes = np.where(np.random.default_rng(0).random(answers.shape) < 0.05, np.nan, answers)
-    again = people.answer_features(statements, holes)
+    again = people.rating_features(statements, holes)
     assert all(row.isfinite().all() for row in again.values())
 
 
-@pytest.mark.parametrize("features", [people.trait_features, people.answer_features])
+@pytest.mark.parametrize("features", [people.trait_features, people.rating_features])
 def test_a_neural_process_infers_what_a_person_is_like(tmp_path, write_rows, features):
     records = people_data(write_rows, 200)
     files = people.split(*people.hold_out(records, 50, 0), 10)
