@@ -5,6 +5,7 @@ import fcntl
 import gzip
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -629,3 +630,27 @@ def test_real_process_ends_with_status_2_and_one_line(tmp_path, write_rows, tiny
     assert found.returncode == 2
     assert found.stderr.startswith(f"error: {path}:2: ") and found.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+CHATTY = '''
+import sys
+from dataclasses import dataclass
+sys.path.insert(0, {here!r})
+import common
+@dataclass(frozen=True)
+class Options:
+    """Print."""
+    lines: int = 200  # how many
+common.run(lambda options: print("line\\n" * options.lines), Options)
+'''
+
+
+def test_a_reader_who_leaves_is_no_error(tmp_path):
+    """As `| head -1` does; what is printed is still in Python's buffer when the reader is gone."""
+    path = tmp_path / "chatty.py"
+    path.write_text(CHATTY.format(here=str(Path(common.__file__).parent)))
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=buffered)  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
