@@ -8,7 +8,6 @@ writes and prints.
 """
 
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -30,15 +29,13 @@ def stop():
 
 
 def leave():
-    """End one of several processes that has done its work, without Python's own way out.
+    """End one of several processes that has done its work, after `stop`; one alone goes on.
 
     PyTorch keeps references to the group (DTensor's caches, default arguments of functions), so
     gloo's threads outlive it, and one that frees a tensor while Python exits aborts the process.
+    So this is not Python's own way out: what is still to be flushed is lost.
     """
-    stop()
     if WORLD > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(0)
 
 
