@@ -181,6 +181,15 @@ def latents(model, records, features=None):
     return model.encoder(*context_tensors(features or model.features, contexts))[0]
 
 
+def rewards(model, records, z):
+    """What users with latents z (B, Z) think of the two answers of their records: (B, 2) float32.
+
+    Linear in an answer's features and in z, so that z = 0 has no preference. Only training asks.
+    """
+    features = model.encoder.normalize(model.features(list(map(choice, records))))  # (B, 2, F)
+    return (model.taste(features).float() * z[:, None]).sum(-1)
+
+
 # ---------------------------------------------------------------- NP-BTL
 
 

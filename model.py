@@ -408,9 +408,16 @@ class Transformer(nn.Module):
         if not config.tied:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.packed_head = None
-        self.encoder = Encoder(2 * config.n_embd, config.n_latent) if config.n_latent else None
+        self.encoder = self.taste = None
+        if config.n_latent:
+            self.add_encoder(config)
         self.features = None  # with an encoder: how it sees answers, a few_shot.Features
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+
+    def add_encoder(self, config):
+        n_features = 2 * config.n_embd
+        self.encoder = Encoder(n_features, config.n_latent)
+        self.taste = nn.Linear(n_features, config.n_latent, bias=False)  # few_shot.rewards
 
     @property
     def head_weight(self):
@@ -480,7 +487,7 @@ def add_latent(model, n_latent, seed=0):
     model.config = replace(model.config, n_latent=n_latent)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.encoder = Encoder(2 * model.config.n_embd, n_latent)
+        model.add_encoder(model.config)
         for block in model.blocks:
             block.add_film(model.config)
     model.to(model.embedding.weight.device)

@@ -50,6 +50,7 @@ class Options:
     blank_meta_prompt: bool = False  # static control: hide every meta-prompt in training
     beta: float = 0.2  # DPO's temperature
     sft_weight: float = 1.0  # weight of the chosen answer's mean negative log-likelihood
+    btl_weight: float = 1.0  # with --latent: weight of NP-BTL's loss, by which z alone is to choose
     fsdp: bool = False  # under torchrun, spread weights, gradients and optimizer over processes
     lora_rank: int = 0  # train adapters of this rank on a frozen model; 0: train the model
     activation_checkpointing: bool = False  # run blocks twice instead of keeping what they compute
@@ -77,8 +78,9 @@ class Options:
             "log_every",
         )  # fmt: skip
         common.at_least(
-            self, 0, "sft_weight", "epochs", "max_steps", "learning_rate", "warmup_steps",
-            "weight_decay", "clip", "seed", "lora_rank", "block_size", "context", "latent",
+            self, 0, "sft_weight", "btl_weight", "epochs", "max_steps", "learning_rate",
+            "warmup_steps", "weight_decay", "clip", "seed", "lora_rank", "block_size", "context",
+            "latent",
         )  # fmt: skip
         if self.fsdp and (self.lora_rank or self.latent):
             raise UserError("--fsdp trains the whole model: leave out --lora_rank and --latent")
@@ -267,6 +269,7 @@ def main(options):
         )  # fmt: skip
         if options.latent:
             policy.features.read([choice for r in records for choice in r.get("examples", ())])
+            policy.features.read(list(map(few_shot.choice, records)))
             if not first_step:
                 policy.encoder.standardize(policy.features.table)
     if not held_out and not options.latent:
@@ -312,12 +315,19 @@ def main(options):
                 margins = chosen_rewards - rejected_rewards
                 check_first_step(losses, margins, lengths, options.beta, precision)
             sft_losses = -logps[:, 0] / lengths[:, 0]
-            loss = (losses + options.sft_weight * sft_losses).sum() / len(batch)
+            btl_losses = torch.zeros_like(losses)
+            if options.latent:  # a policy that does not listen yet teaches the encoder nothing
+                with common.autocast(device, precision):
+                    rewards = few_shot.rewards(policy, [records[i] for i in of], trees.z)
+                btl_losses = dpo_loss(*rewards.T, 0.0, 0.0, 1.0, label_prob)[0]
+            each = losses + options.sft_weight * sft_losses + options.btl_weight * btl_losses
+            loss = each.sum() / len(batch)
             scaler.scale(loss * weight * distributed.WORLD).backward()
-            numbers = torch.stack([  # (6, pairs)
-                losses, sft_losses, chosen_rewards, rejected_rewards, logps[:, 0], logps[:, 1],
+            numbers = torch.stack([  # (7, pairs)
+                losses, sft_losses, btl_losses, chosen_rewards, rejected_rewards,
+                logps[:, 0], logps[:, 1],
             ])  # fmt: skip
-            pairs.append(numbers.detach() if weight else numbers.new_empty(6, 0))
+            pairs.append(numbers.detach() if weight else numbers.new_empty(7, 0))
 
         rate = common.learning_rate(
             step, order.max_steps, options.warmup_steps, options.learning_rate
@@ -325,12 +335,14 @@ def main(options):
         grad_norm = common.update(policy, optimizer, scaler, options.clip, rate)
 
         pairs = torch.cat(distributed.gather(torch.cat(pairs, dim=1).cpu()), dim=1)
-        dpo, sft, chosen, rejected, logps_chosen, logps_rejected = pairs.mean(1).tolist()
+        dpo, sft, btl, chosen, rejected, logps_chosen, logps_rejected = pairs.mean(1).tolist()
+        total = dpo + options.sft_weight * sft + options.btl_weight * btl
         fields = {
-            "step": step + 1, "loss": dpo + options.sft_weight * sft, "loss/dpo": dpo,
-            "loss/sft": sft, "grad_norm": grad_norm, "learning_rate": rate,
+            "step": step + 1, "loss": total, "loss/dpo": dpo, "loss/sft": sft,
+            **({"loss/btl": btl} if options.latent else {}),
+            "grad_norm": grad_norm, "learning_rate": rate,
             "rewards/chosen": chosen, "rewards/rejected": rejected,
-            "rewards/accuracies": (pairs[2] > pairs[3]).float().mean().item(),
+            "rewards/accuracies": (pairs[3] > pairs[4]).float().mean().item(),
             "rewards/margins": chosen - rejected,
             "logps/chosen": logps_chosen, "logps/rejected": logps_rejected,
             "tokens": sum(map(data.tree_size, batch)),

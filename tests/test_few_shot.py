@@ -169,6 +169,47 @@ def test_a_new_latent_changes_nothing():
     assert torch.equal(answer_logps(model, trees), before)
 
 
+def knowing(model, choices):
+    """The model with random features of the answers of these choices."""
+    generator, table = torch.Generator().manual_seed(3), {}
+    for found in choices:
+        for side in ("chosen", "rejected"):
+            n = 2 * model.config.n_embd
+            table.setdefault(found[side], torch.randn(n, generator=generator))
+    model.features = lambda asked: torch.stack(
+        [torch.stack([table[found["chosen"]], table[found["rejected"]]]) for found in asked]
+    )
+    return model
+
+
+def test_what_a_latent_thinks_of_two_answers_by_hand():
+    """taste @ features, weighted by z: here z's second channel likes what feature 0 is high in."""
+    model, rows = new_model(), user_rows()[:2]
+    add_latent(model, 3)
+    knowing(model, rows)
+    with torch.no_grad():
+        model.encoder.scale.fill_(2.0)
+        model.taste.weight.zero_()[1, 0] = 5.0
+    found = few_shot.rewards(model, rows, torch.tensor([[9.0, 0.5, 9.0], [0.0, 0.0, 0.0]]))
+    expected = model.features(rows)[0, :, 0] * 2.0 * 5.0 * 0.5
+    assert torch.allclose(found[0], expected) and (found[1] == 0).all()
+
+
+def test_the_encoder_learns_before_the_policy_listens():
+    """FiLM starts as the identity, so at step 0 only NP-BTL's loss has a gradient for z."""
+    model = new_model()
+    add_latent(model, 3)
+    rows = few_shot.with_context(user_rows(), 3)[:6]
+    knowing(model, [choice for row in rows for choice in (row, *row["examples"])])
+    trees = pack(draw_trees(2))
+    trees.z = few_shot.latents(model, rows)
+    logps = answer_logps(model, trees).view(-1, 2)
+    none = torch.autograd.grad(logps[:, 0].sum(), trees.z, retain_graph=True)[0]
+    assert (none == 0).all()
+    few_shot.rewards(model, rows, trees.z)[:, 0].sum().backward()
+    assert model.encoder.layers[0].weight.grad.abs().max() > 0
+
+
 def test_a_latent_steers_its_own_tree_only():
     """Packed with other trees under other latents a tree scores as alone."""
     model, trees, z = steered(), draw_trees(2), torch.randn(6, 3)
@@ -323,10 +364,14 @@ def test_np_dpo_learns_resumes_and_loads(users, how, write_rows):
     rows = user_rows()
     write_rows("others.jsonl", *rows[:-1], rows[-1] | {"user": 0})  # the same texts
     settings = LATENT | how | {"epochs": 6.0, "learning_rate": 5e-3, "save_every": 7,
-                               "eval_data": "users.jsonl", "eval_every": 10}  # fmt: skip
+                               "eval_data": "users.jsonl", "eval_every": 10, "sft_weight": 1.0,
+                               "btl_weight": 0.5}  # fmt: skip
     dpo("out/whole", **settings)
     log = read_log("out/whole")
     assert log[1]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    terms = [log[1][f"loss/{term}"] for term in ("dpo", "sft", "btl")]
+    assert log[1]["loss"] == pytest.approx(np.dot([1, 1, 0.5], terms))
+    assert log[-2]["loss/btl"] < 0.7 * log[1]["loss/btl"]
     stop = train_dpo.common.save_checkpoint
     calls = []
 
