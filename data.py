@@ -211,15 +211,15 @@ RATED_FIELDS = {"instruction", "completions", "response", *ASPECTS}
 def read_responses(names):
     """Records of SFT files: meta-prompt, prompt, and `response`, `chosen` and `rejected`, or both.
 
-    Rated completions become pairs, as in `read_preferences`. Raises UserError that names the line.
+    UltraFeedback's rated completions become pairs, as in `read_preferences`; a HelpSteer row is its
+    response. Raises UserError that names the line.
     """
     records = []
     for path in map(Path, filter(None, names.split(","))):
-        rows = list(read_lines(path))
-        if any("completions" in fields or fields.keys() & set(ASPECTS) for _, fields in rows):
-            records += read_preferences(str(path))[0][1]
-            continue
-        for line, fields in rows:
+        for line, fields in read_lines(path):
+            if "completions" in fields and "chosen" not in fields:
+                records += rated_pairs(*ultrafeedback(fields, line), line)
+                continue
             if "chosen" in fields:
                 record = pair_record(fields, line)
             else:

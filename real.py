@@ -26,11 +26,10 @@ class Options:
 
     data: str = ""  # folder with polite, concise and personas, each with train.jsonl and val.jsonl
     out_dir: str = "out/real"  # folder of the files
-    polite_copies: int = 3  # how often a politeness pair occurs, each time in other wordings
+    polite_copies: int = 2  # how often a politeness pair occurs, each time in other wordings
     concise_pairs: int = 1000  # how many pairs of at most concise_size characters
-    concise_size: int = 1600  # prompt, preference and both answers together
-    concise_copies: int = 2  # how often each of them occurs, each time in other wordings
-    personas_pairs: int = 500  # how many pairs of statements
+    concise_size: int = 2000  # prompt, preference and both answers together
+    personas_pairs: int = 600  # how many pairs of statements
     seed: int = 0  # of what is held out and drawn
     ckpt: str = ""  # answer held-out prompts with this checkpoint instead
     prompts: int = 20  # how many
@@ -41,12 +40,12 @@ class Options:
     def __post_init__(self):
         common.at_least(self, 1, "prompts", "max_new_tokens")
         common.at_least(
-            self, 0, "polite_copies", "concise_pairs", "concise_size", "concise_copies",
-            "personas_pairs", "seed",
-        )  # fmt: skip
+            self, 0, "polite_copies", "concise_pairs", "concise_size", "personas_pairs", "seed"
+        )
 
 
-WORDED = ("polite", "concise")  # datasets in which a preference has many wordings
+# Datasets in which a preference has many wordings, and its sides.
+WORDED = {"polite": ("polite", "blunt"), "concise": ("concise", "detailed")}
 HELD_OUT = {"stated": 5, "implied": 3}  # wordings of each preference that training never shows
 HELD_OUT_PERSONAS = 6
 UNSEEN_ROWS = 160  # held-out rows that are asked again under unseen wordings
@@ -59,9 +58,17 @@ def read(folder, name, split):
     [(_, records)] = data.read_preferences(str(Path(folder) / name / f"{split}.jsonl"))
     needed = {"preference_name", "wording"} if name in WORDED else {"preference_name"}
     for record in records:
-        missing = needed - record.get("meta", {}).keys()
+        meta = record.get("meta", {})
+        missing = needed - meta.keys()
         if missing:
             raise UserError(f"{record['where']}: field 'meta.{min(missing)}': missing")
+        if "preference" not in record:
+            raise UserError(f"{record['where']}: field 'preference': missing")
+        if name in WORDED:
+            for field, known in (("preference_name", WORDED[name]), ("wording", tuple(HELD_OUT))):
+                if meta[field] not in known:
+                    raise UserError(f"{record['where']}: field 'meta.{field}': must be "
+                                    f"{' or '.join(known)}")
     return [{k: v for k, v in record.items() if k != "where"} for record in records]
 
 
@@ -110,15 +117,6 @@ def characters(record):
     return sum(len(record[field]) for field in ("preference", "prompt", "chosen", "rejected"))
 
 
-def concise_is_shorter(pair):
-    """Whether a flip's concise answer is the shorter one: in 980 of the 1,101 training pairs.
-
-    In the others the model that wrote them did not do as asked; they would teach the opposite.
-    """
-    [answer] = [r for r in pair if r["meta"]["preference_name"] == "concise"]
-    return len(answer["chosen"]) < len(answer["rejected"])
-
-
 def personas_sets(folder, rng):
     """(training pairs, {evaluation set: rows}): no held-out persona is in a training pair."""
     pairs = flips(read(folder, "personas", "train"))
@@ -141,9 +139,8 @@ def prepare(options):
     again, found = worded_sets(options.data, "concise", random.Random(seed))
     sets |= found
     pairs = [pair for pair in flips(read(options.data, "concise", "train"))
-             if max(map(characters, pair)) <= options.concise_size and concise_is_shorter(pair)]
-    pairs = random.Random(seed).sample(pairs, min(options.concise_pairs, len(pairs)))
-    for pair in pairs * options.concise_copies:
+             if max(map(characters, pair)) <= options.concise_size]
+    for pair in random.Random(seed).sample(pairs, min(options.concise_pairs, len(pairs))):
         train += map(again, pair)
     pairs, found = personas_sets(options.data, random.Random(seed))
     sets |= found

@@ -315,19 +315,21 @@ def main(options):
                 margins = chosen_rewards - rejected_rewards
                 check_first_step(losses, margins, lengths, options.beta, precision)
             sft_losses = -logps[:, 0] / lengths[:, 0]
-            btl_losses = torch.zeros_like(losses)
+            numbers = {
+                "loss": losses + options.sft_weight * sft_losses,
+                "loss/dpo": losses, "loss/sft": sft_losses,
+                "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
+                "logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1],
+            }  # fmt: skip
             if options.latent:  # a policy that does not listen yet teaches the encoder nothing
                 with common.autocast(device, precision):
                     rewards = few_shot.rewards(policy, [records[i] for i in of], trees.z)
-                btl_losses = dpo_loss(*rewards.T, 0.0, 0.0, 1.0, label_prob)[0]
-            each = losses + options.sft_weight * sft_losses + options.btl_weight * btl_losses
-            loss = each.sum() / len(batch)
+                numbers["loss/btl"] = dpo_loss(*rewards.T, 0.0, 0.0, 1.0, label_prob)[0]
+                numbers["loss"] = numbers["loss"] + options.btl_weight * numbers["loss/btl"]
+            loss = numbers["loss"].sum() / len(batch)
             scaler.scale(loss * weight * distributed.WORLD).backward()
-            numbers = torch.stack([  # (7, pairs)
-                losses, sft_losses, btl_losses, chosen_rewards, rejected_rewards,
-                logps[:, 0], logps[:, 1],
-            ])  # fmt: skip
-            pairs.append(numbers.detach() if weight else numbers.new_empty(7, 0))
+            stacked = torch.stack(list(numbers.values())).detach()  # (numbers, pairs)
+            pairs.append(stacked if weight else stacked[:, :0])
 
         rate = common.learning_rate(
             step, order.max_steps, options.warmup_steps, options.learning_rate
@@ -335,16 +337,13 @@ def main(options):
         grad_norm = common.update(policy, optimizer, scaler, options.clip, rate)
 
         pairs = torch.cat(distributed.gather(torch.cat(pairs, dim=1).cpu()), dim=1)
-        dpo, sft, btl, chosen, rejected, logps_chosen, logps_rejected = pairs.mean(1).tolist()
-        total = dpo + options.sft_weight * sft + options.btl_weight * btl
+        logged = dict(zip(numbers, pairs, strict=True))
+        margins = logged["rewards/chosen"] - logged["rewards/rejected"]
         fields = {
-            "step": step + 1, "loss": total, "loss/dpo": dpo, "loss/sft": sft,
-            **({"loss/btl": btl} if options.latent else {}),
+            "step": step + 1, **{name: values.mean().item() for name, values in logged.items()},
+            "rewards/margins": margins.mean().item(),
+            "rewards/accuracies": (margins > 0).float().mean().item(),
             "grad_norm": grad_norm, "learning_rate": rate,
-            "rewards/chosen": chosen, "rewards/rejected": rejected,
-            "rewards/accuracies": (pairs[3] > pairs[4]).float().mean().item(),
-            "rewards/margins": chosen - rejected,
-            "logps/chosen": logps_chosen, "logps/rejected": logps_rejected,
             "tokens": sum(map(data.tree_size, batch)),
         }  # fmt: skip
         common.log_step(log, bar, fields, start, options.log_every)

@@ -411,14 +411,14 @@ def test_helpsteer_rows_become_pairs_and_disagreeing_aspects_flip(read):
 
 
 def test_of_rated_completions_sft_learns_the_chosen_ones(write_rows):
-    """Of three completions the worst on the only aspect is never chosen."""
+    """Of three completions the worst on the only aspect is never chosen; other rows stay."""
     rated = [completion(r, helpfulness=i) for i, r in enumerate("CBA")]
-    ultrafeedback = write_rows("u.jsonl", {"instruction": "Tea?", "completions": rated})
-    helpsteer = write_rows("h.jsonl", *({"prompt": "Tea?", "response": r, "helpfulness": i}
-                                        for i, r in enumerate("CBA")))  # fmt: skip
-    for path in (ultrafeedback, helpsteer):
-        rows = map(data.chosen_as_response, data.read_responses(str(path)))
-        assert sorted(row["response"] for row in rows) == ["A", "A", "B"]
+    plain = {"prompt": "Milk?", "response": "D"}
+    path = write_rows("mixed.jsonl", {"instruction": "Tea?", "completions": rated}, plain)
+    rows = map(data.chosen_as_response, data.read_responses(str(path)))
+    assert [(row["prompt"], row["response"]) for row in rows] == [
+        ("Tea?", "B"), ("Tea?", "A"), ("Tea?", "A"), ("Milk?", "D")
+    ]  # fmt: skip
 
 
 def test_a_rated_row_keeps_its_system_message_or_says_that_it_is_ignored(read, capsys):

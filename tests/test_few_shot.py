@@ -404,6 +404,20 @@ def test_np_dpo_learns_resumes_and_loads(users, how, write_rows):
     assert none["flip_accuracy"] == 0 and found["accuracy_no_preference"] == 0.5
 
 
+def test_the_weight_of_what_z_alone_is_to_learn(users):
+    """0 leaves the linear map as it started; the other parts of step 0 are the same."""
+    settings = LATENT | {"weight_decay": 0.0, "epochs": 2.0}
+    dpo("out/start", **settings, btl_weight=0.0, max_steps=1)
+    dpo("out/none", **settings, btl_weight=0.0)
+    dpo("out/half", **settings, btl_weight=0.5)
+    start, none, half = (weights(f"out/{name}")["taste.weight"]
+                         for name in ("start", "none", "half"))  # fmt: skip
+    assert torch.equal(none, start) and (half - start).abs().max() > 1e-3
+    first = [read_log(f"out/{name}")[0] for name in ("none", "half")]
+    assert first[0]["loss/btl"] == first[1]["loss/btl"] > 0
+    assert first[1]["loss"] - first[0]["loss"] == pytest.approx(0.5 * first[0]["loss/btl"])
+
+
 def test_the_starting_model_reads_the_choices(users):
     """Not the trained one: its outputs have moved since the encoder learned to read them."""
     dpo("out/a", **LATENT, learning_rate=5e-3, epochs=3.0)

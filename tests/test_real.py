@@ -1,6 +1,7 @@
 """The experiment on a pretrained model: what is held out, and the length-only rule."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,11 @@ SIDES = {"polite": ("polite", "blunt"), "concise": ("concise", "detailed")}
 
 
 def worded_rows(name, split):
-    """A flip for each stated and implied wording: 24 and 12 on each side, as in the real data.
-
-    The first side's answer is the shorter one, in every third flip the longer one.
-    """
+    """A flip for each stated and implied wording: 24 and 12 on each side, as in the real data."""
     rows = []
     for kind, n in (("stated", 24), ("implied", 12)):
         for i in range(n):
             answers = f"short {split} {i}", f"a longer answer {split} {i}"
-            answers = answers[::-1] if i % 3 == 0 else answers
             for side, (chosen, rejected) in zip(SIDES[name], (answers, answers[::-1]), strict=True):
                 rows.append({
                     "preference": f"{side}, {kind} {i}", "prompt": f"{split} {kind} {i}",
@@ -65,7 +62,7 @@ def test_held_out_wordings_personas_and_prompts_are_not_in_training(prepared):
         if "personas" not in name:
             assert {r["prompt"] for r in train}.isdisjoint(r["prompt"] for r in rows), name
     assert shown & set(WORDS["polite"]["implied"])  # ours are in training
-    assert len(train) == 3 * 72 + 2 * 2 * 5 + 2 * 6  # six pairs of the four other persons
+    assert len(train) == 2 * 72 + 2 * 5 + 2 * 6  # six pairs of the four other persons
 
 
 def test_rewording_keeps_the_side_and_the_answers(prepared):
@@ -80,13 +77,19 @@ def test_rewording_keeps_the_side_and_the_answers(prepared):
         assert row["preference"].startswith(side + ", ") or row["preference"] in ours
 
 
-def test_only_pairs_whose_concise_answer_is_shorter_teach_length(prepared):
-    rows = [row for row in prepared["train"] if row["meta"].get("dataset") == "concise"]
-    assert len(rows) == 2 * 2 * 5
-    for row in rows:
-        shorter = len(row["chosen"]) < len(row["rejected"])
-        assert shorter == (row["meta"]["preference_name"] == "concise")
-    assert any(not real.concise_is_shorter(pair) for pair in real.flips(prepared["concise-val"]))
+@pytest.mark.parametrize(("change", "named"), [
+    ({"meta": {"preference_name": "kind", "wording": "stated"}}, "'meta.preference_name': must be"),
+    ({"meta": {"preference_name": "blunt", "wording": "sung"}}, "'meta.wording': must be"),
+    ({"meta": {"preference_name": "blunt"}}, "'meta.wording': missing"),
+    ({"preference": None}, "'preference': missing"),
+])  # fmt: skip
+def test_a_row_that_cannot_be_worded_is_named(tmp_path, change, named):
+    row = worded_rows("polite", "train")[0] | change
+    row = {key: value for key, value in row.items() if value is not None}
+    (tmp_path / "polite").mkdir()
+    (tmp_path / "polite/train.jsonl").write_text(json.dumps(row))
+    with pytest.raises(common.UserError, match=rf"train\.jsonl:1: field {re.escape(named)}"):
+        real.read(tmp_path, "polite", "train")
 
 
 def test_our_wordings_stand_on_one_side_only():
