@@ -187,7 +187,7 @@ def rewards(model, records, z):
     Linear in an answer's features and in z, so that z = 0 has no preference. Only training asks.
     """
     features = model.encoder.normalize(model.features(list(map(choice, records))))  # (B, 2, F)
-    return (model.taste(features).float() * z[:, None]).sum(-1)
+    return (model.reward_head(features).float() * z[:, None]).sum(-1)
 
 
 # ---------------------------------------------------------------- NP-BTL

@@ -408,16 +408,17 @@ class Transformer(nn.Module):
         if not config.tied:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.packed_head = None
-        self.encoder = self.taste = None
+        self.encoder = self.reward_head = None
         if config.n_latent:
             self.add_encoder(config)
         self.features = None  # with an encoder: how it sees answers, a few_shot.Features
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     def add_encoder(self, config):
+        """The encoder of choices, and the head that teaches it (`few_shot.rewards`)."""
         n_features = 2 * config.n_embd
         self.encoder = Encoder(n_features, config.n_latent)
-        self.taste = nn.Linear(n_features, config.n_latent, bias=False)  # few_shot.rewards
+        self.reward_head = nn.Linear(n_features, config.n_latent, bias=False)
 
     @property
     def head_weight(self):

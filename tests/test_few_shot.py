@@ -183,13 +183,13 @@ def knowing(model, choices):
 
 
 def test_what_a_latent_thinks_of_two_answers_by_hand():
-    """taste @ features, weighted by z: here z's second channel likes what feature 0 is high in."""
+    """reward_head @ features, weighted by z: here its second channel likes a high feature 0."""
     model, rows = new_model(), user_rows()[:2]
     add_latent(model, 3)
     knowing(model, rows)
     with torch.no_grad():
         model.encoder.scale.fill_(2.0)
-        model.taste.weight.zero_()[1, 0] = 5.0
+        model.reward_head.weight.zero_()[1, 0] = 5.0
     found = few_shot.rewards(model, rows, torch.tensor([[9.0, 0.5, 9.0], [0.0, 0.0, 0.0]]))
     expected = model.features(rows)[0, :, 0] * 2.0 * 5.0 * 0.5
     assert torch.allclose(found[0], expected) and (found[1] == 0).all()
@@ -410,7 +410,7 @@ def test_the_weight_of_what_z_alone_is_to_learn(users):
     dpo("out/start", **settings, btl_weight=0.0, max_steps=1)
     dpo("out/none", **settings, btl_weight=0.0)
     dpo("out/half", **settings, btl_weight=0.5)
-    start, none, half = (weights(f"out/{name}")["taste.weight"]
+    start, none, half = (weights(f"out/{name}")["reward_head.weight"]
                          for name in ("start", "none", "half"))  # fmt: skip
     assert torch.equal(none, start) and (half - start).abs().max() > 1e-3
     first = [read_log(f"out/{name}")[0] for name in ("none", "half")]
