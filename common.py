@@ -1,6 +1,7 @@
 """What no reader of the algorithm needs: options, errors, devices, schedule, files of a run."""
 
 import argparse
+import ctypes
 import dataclasses
 import hashlib
 import inspect
@@ -75,8 +76,23 @@ def at_least(options, least, *names):
             raise UserError(f"--{name} must be at least {least} and below 2**31, not {value}")
 
 
+def keep_memory():
+    """Have glibc, where it is the allocator, keep what is freed: the next step wants it again.
+
+    New pages cost more than what is computed in them (README, Speed).
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    max_mmap, trim_threshold = -4, -1  # their names in malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD
+    mallopt(max_mmap, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+
+
 def run(main, cls):
     """Run a script's main with options from the command line; a UserError is one line, exit 2."""
+    keep_memory()
     if distributed.RANK:
         sys.stdout = open(os.devnull, "w")
     try:

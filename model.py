@@ -57,8 +57,9 @@ class Group:
 class Trees:
     """A batch of token trees: T tokens, A of them learned.
 
-    A trunk and its first branch are one span, in which queries and keys are the same tokens. Each
-    further branch is one whose keys are the trunk's tokens, then its own.
+    Each branch is a span: its trunk's tokens, then its own. Where the trunk is short its tokens are
+    queries again, as they are in every tree's first span, and attention is plainly causal; where
+    it is long they are keys only, which takes a mask.
     """
 
     tokens: torch.Tensor  # (T,) every tree's trunk, then its branches
@@ -96,16 +97,79 @@ def take(x, rows):
 
 def attention(q, k, v, mask):
     """Of q (S, H, Lq, D) over k, v (S, KV, Lk, D) where the mask is True; without one, causal."""
-    how = {"attn_mask": mask, "is_causal": mask is None}
-    if q.device.type != "cpu":  # not all kernels of a GPU share a key/value head
-        share = q.shape[1] // k.shape[1]
-        if share > 1:
-            k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, **how)
-    # In bfloat16 the CPU kernel's backward pass takes up to twice as long as in float32.
-    with torch.autocast("cpu", enabled=False):
-        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), enable_gqa=True, **how)
-    return y.type_as(q)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return BlockAttention.apply(q, k, v, mask)
+    share = q.shape[1] // k.shape[1]
+    if q.device.type != "cpu" and share > 1:  # not all kernels of a GPU share a key/value head
+        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] > k.shape[1]
+    )
+
+
+class BlockAttention(torch.autograd.Function):
+    """`attention` in bfloat16 on a CPU, where torch's kernel takes its products in float32.
+
+    Scores exist for a block of queries at a time, in the forward pass and, made again, in the
+    backward pass (as in FlashAttention, Dao et al. 2022, arXiv:2205.14135). Their softmax is
+    float32.
+    """
+
+    SIZE = 64  # queries of a block
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        q = (q * q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1)).contiguous()
+        k, v = k.contiguous(), v.contiguous()
+        ctx.save_for_backward(q, k, v, mask)
+        y = torch.empty_like(q)  # (S, KV, H / KV, Lq, D)
+        for spans, rows, keys in BlockAttention.blocks(q, k, mask):
+            weights = BlockAttention.weights(q, k, mask, spans, rows, keys)
+            mixed = weights.type_as(v) @ v[spans, :, keys]
+            y[spans, :, :, rows] = mixed.unflatten(2, (q.shape[2], -1))
+        return y.flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, mask = ctx.saved_tensors
+        grad = grad.unflatten(1, q.shape[1:3])
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+        for spans, rows, keys in BlockAttention.blocks(q, k, mask):
+            weights = BlockAttention.weights(q, k, mask, spans, rows, keys)
+            grad_mixed = grad[spans, :, :, rows].flatten(2, 3)
+            grad_v[spans, :, keys] += weights.type_as(v).mT @ grad_mixed
+            grad_weights = grad_mixed @ v[spans, :, keys].mT
+            mean = (weights * grad_weights).sum(-1, keepdim=True)
+            grad_scores = weights.mul_(grad_weights - mean).type_as(q)
+            grad_rows = grad_scores @ k[spans, :, keys]
+            grad_q[spans, :, :, rows] = grad_rows.unflatten(2, (q.shape[2], -1))
+            grad_k[spans, :, keys] += grad_scores.mT @ q[spans, :, :, rows].flatten(2, 3)
+        grad_q = (grad_q * q.shape[-1] ** -0.5).flatten(1, 2)
+        return grad_q, grad_k.type_as(k), grad_v.type_as(v), None
+
+    @staticmethod
+    def blocks(q, k, mask):
+        """Slices of spans, queries and the keys that these may see; scores fit into the cache."""
+        n_queries, n_keys = q.shape[3], k.shape[2]
+        height = min(BlockAttention.SIZE, n_queries) * q.shape[1] * q.shape[2]
+        for spans in slices(q, 2**20 // (height * n_keys) + 1):
+            for first in range(0, n_queries, BlockAttention.SIZE):
+                last = min(first + BlockAttention.SIZE, n_queries)
+                yield spans, slice(first, last), slice(last if mask is None else n_keys)
+
+    @staticmethod
+    def weights(q, k, mask, spans, rows, keys):
+        """Softmax of a block's scores: (spans, KV, H / KV * rows, keys) float32."""
+        scores = q[spans, :, :, rows].flatten(2, 3) @ k[spans, :, keys].mT
+        each = scores.unflatten(2, (q.shape[2], -1))  # a view: (spans, KV, H / KV, rows, keys)
+        if mask is None:
+            n = rows.stop - rows.start
+            later = torch.ones(n, n, dtype=torch.bool).triu(1)
+            each[..., rows].masked_fill_(later, -math.inf)
+        else:
+            each.masked_fill_(~mask[spans, :, None, rows], -math.inf)
+        return scores.softmax(-1, dtype=torch.float32)
 
 
 def pack(trees, device="cpu"):
@@ -118,6 +182,7 @@ def pack(trees, device="cpu"):
     predictors, targets, answer, n_answers = [], [], [], 0
     for n, (trunk, branches) in enumerate(trees):
         root, size = len(tokens), len(trunk)
+        trunk_tokens = range(root, root + size)
         tokens += trunk
         positions += range(size)
         for i, branch in enumerate(branches):
@@ -128,12 +193,13 @@ def pack(trees, device="cpu"):
             targets += branch
             answer += [n_answers] * len(branch)
             n_answers += 1
-            if i > 0 and run:
-                spans.append((range(root, root + size), range(start, len(tokens))))
-            elif i == 0:
-                spans.append((range(0), range(root, len(tokens))))
+            own = range(start, len(tokens))
+            if i == 0 or size < len(run):  # where the trunk is short a mask would cost more
+                spans.append(((), [*trunk_tokens, *own]))
+            elif run:
+                spans.append((trunk_tokens, own))
         if not branches:
-            spans.append((range(0), range(root, len(tokens))))
+            spans.append(((), trunk_tokens))
         tree += [n] * (len(tokens) - root)
     groups, places = group_spans(spans, len(tokens))
     on_card = torch.device(device).type == "cuda"  # to which pinned memory goes without waiting
@@ -589,59 +655,67 @@ def for_inference(model, sampling=False):
 class TokenLogps(torch.autograd.Function):
     """log softmax of the logits at the targets: (A,) float32, nats.
 
-    outputs: (A, C); weight: (V, C); targets: (A,). Logits exist for `chunk` rows at a time, in the
-    forward pass and, made again, in the backward pass; all of them never do. They are computed in
-    `dtype`, the softmax in float32.
+    outputs: (A, C); weight: (V, C); targets: (A,). Logits exist for `chunk` tokens of the
+    vocabulary at a time, in the forward pass and, made again, in the backward pass; all of them
+    never do. They are computed in `dtype`, the softmax in float32.
     """
 
     @staticmethod
     def forward(ctx, outputs, weight, targets, chunk, dtype):
         outputs, weight = outputs.to(dtype), weight.to(dtype)
-        logps = torch.empty(len(targets), device=outputs.device)
-        for rows in slices(targets, chunk):
-            logits = relative_logits(outputs[rows], weight, targets[rows])
-            for few in slices(logits):
-                target = targets[rows][few]
-                logps[rows][few] = -F.cross_entropy(logits[few].float(), target, reduction="none")
-        ctx.save_for_backward(outputs, weight, targets)
+        target_logits = (outputs.float() * weight[targets].float()).sum(1, keepdim=True)
+        base = target_logits.to(dtype)
+        room, parts = outputs.new_empty(len(outputs) * min(chunk, len(weight))), []
+        for words in slices(weight, chunk):
+            logits = relative_logits(outputs, weight[words], base, room)
+            parts.append(torch.cat([logits[few].float().logsumexp(1) for few in slices(logits)]))
+        total = torch.stack(parts).logsumexp(0)
+        ctx.save_for_backward(outputs, weight, targets, base, total)
         ctx.chunk = chunk
-        return logps
+        return (target_logits - base)[:, 0] - total
 
     @staticmethod
     def backward(ctx, grad):
-        outputs, weight, targets = ctx.saved_tensors
-        grad_outputs = torch.empty_like(outputs)
+        outputs, weight, targets, base, total = ctx.saved_tensors
+        grad_outputs = torch.zeros_like(outputs, dtype=torch.float32)
         trained = ctx.needs_input_grad[1]
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
-        for rows in slices(targets, ctx.chunk):
-            logits = relative_logits(outputs[rows], weight, targets[rows])
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if trained else None
+        room = outputs.new_empty(len(outputs) * min(ctx.chunk, len(weight)))
+        for words in slices(weight, ctx.chunk):
+            logits = relative_logits(outputs, weight[words], base, room)
+            column = targets[:, None] - words.start  # of the target, where it is in this slice
+            inside = (column >= 0) & (column < logits.shape[1])
+            column = column.clamp(0, logits.shape[1] - 1)
             for few in slices(logits):
                 # d log p / d logits = (1 at the target, else 0) - softmax; it takes their place.
-                factor, target = grad[rows][few, None], targets[rows][few, None]
-                grad_logits = logits[few].softmax(1, dtype=torch.float32).mul_(-factor)
-                logits[few] = grad_logits.scatter_add_(1, target, factor)
-            grad_outputs[rows] = logits @ weight
+                factor = grad[few, None]
+                softmax = logits[few].float().sub_(total[few, None]).exp_()
+                grad_logits = softmax.mul_(-factor)
+                logits[few] = grad_logits.scatter_add_(1, column[few], factor * inside[few])
+            grad_outputs += logits @ weight[words]
             if trained:
-                grad_weight += logits.t() @ outputs[rows]
+                grad_weight[words] = logits.t() @ outputs
         return grad_outputs, grad_weight, None, None, None
 
 
 def slices(x, size=None):
     """Slices of x of `size` rows; by default as many of a matrix as stay in a CPU's cache."""
     size = size or (2**20 // x.shape[1] + 1 if x.device.type == "cpu" else len(x))
-    return (slice(i, i + size) for i in range(0, len(x), size))
+    return (slice(i, min(i + size, len(x))) for i in range(0, len(x), size))
 
 
-def relative_logits(outputs, weight, targets):
-    """Each row's logits minus that of its target, (rows, V), which does not change the softmax.
+def relative_logits(outputs, weight, base, room):
+    """Logits less each row's base (rows, 1), which is about that of its target: (rows, tokens).
 
-    Likely tokens then have small numbers, which bfloat16 rounds little.
+    Likely tokens then have small numbers, which bfloat16 rounds little. They lie in `room`: new
+    memory costs more than writing it.
     """
-    target_logits = (outputs * weight[targets]).sum(1, keepdim=True)
-    return torch.addmm(-target_logits, outputs, weight.t())
+    shape = len(outputs), len(weight)
+    logits = room[: shape[0] * shape[1]].view(shape)
+    return torch.addmm(-base, outputs, weight.t(), out=logits)
 
 
-def answer_token_logps(model, trees, chunk=512):
+def answer_token_logps(model, trees, chunk=4096):
     """log p of every learned token: (A,) float32, nats. The one place where t predicts t + 1."""
     outputs = model(trees).index_select(0, trees.predictors)  # (A, C)
     weight = getattr(model, "module", model).head_weight  # the model that DDP wraps

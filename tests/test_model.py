@@ -132,13 +132,45 @@ def test_how_spans_are_grouped_changes_nothing(monkeypatch):
         with torch.no_grad():
             outputs.append(answer_token_logps(model, packed))
         sizes.append(len(packed.groups))
-        sums = [(len(t) + len(b) - 1, len(b) - 1, i) for t, bs in trees for i, b in enumerate(bs)]
-        work = sum(keys * (own if i else keys) for keys, own, i in sums)
+        spans = [(len(t), len(b) - 1, i) for t, branches in trees for i, b in enumerate(branches)]
+        causal = [i == 0 or trunk < own for trunk, own, i in spans]
+        work = sum((trunk + own) * (trunk + own if plain else own)
+                   for (trunk, own, _), plain in zip(spans, causal, strict=True))
+        assert sum(g.mask is None for g in packed.groups) in range(1, len(packed.groups))
         padded = sum(g.queries.numel() * g.keys.shape[1] for g in packed.groups)
         assert work <= padded <= padding * work
     assert sizes[0] > sizes[1] > sizes[2] == 2
     assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
     assert torch.allclose(outputs[0], outputs[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [4, 64])  # of a block: 6 blocks, one
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_blocks_is_attention(size, masked, monkeypatch):
+    """In bfloat16 on the CPU, beside a softmax written out in float64: outputs and gradients."""
+    monkeypatch.setattr(model_file.BlockAttention, "SIZE", size)
+    generator = torch.Generator().manual_seed(0)
+    n_keys = 30 if masked else 21
+    shapes = (5, 21, 6, 8), (5, n_keys, 2, 8), (5, n_keys, 2, 8)  # spans, tokens, heads, channels
+    q, k, v = (torch.randn(s, generator=generator).bfloat16().transpose(1, 2) for s in shapes)
+    upstream = torch.randn(5, 6, 21, 8, generator=generator).bfloat16()
+    trunks = torch.tensor([9, 3, 0, 5, 9]) if masked else torch.zeros(5, dtype=torch.long)
+    last = trunks[:, None, None] + torch.arange(21)[:, None]
+    mask = (torch.arange(n_keys) <= last)[:, None]  # (5, 1, 21, n_keys)
+
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    found = model_file.attention(*inputs, mask if masked else None)
+    assert type(found.grad_fn).__name__ == "BlockAttentionBackward"
+    found.backward(upstream)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    keys, values = (x.repeat_interleave(3, dim=1) for x in exact[1:])
+    scores = (exact[0] @ keys.mT / 8**0.5).masked_fill(~mask, -math.inf)
+    wanted = scores.softmax(-1) @ values
+    wanted.backward(upstream.double())
+    pairs = [(found, wanted), *((x.grad, y.grad) for x, y in zip(inputs, exact, strict=True))]
+    for x, y in pairs:
+        assert x.dtype == torch.bfloat16 and x.shape == y.shape
+        assert (x - y).norm() < 0.01 * y.norm()  # bfloat16 has 8 bits
 
 
 def test_every_answer_token_is_learned_once_and_never_the_last_one_read():
@@ -211,23 +243,25 @@ def test_packed_gradients_equal_one_by_one():
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_chunks_of_logits_change_nothing_and_bound_the_rows(chunk, monkeypatch):
+def test_chunks_of_logits_change_nothing_and_bound_what_exists(chunk, monkeypatch):
     model, trees = new_model(), pack(draw_trees(2))
     whole = answer_token_logps(model, trees)
     whole.square().sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    rows, logits = [], model_file.relative_logits
+    sizes, logits = [], model_file.relative_logits
 
-    def watched(outputs, weight, targets):
-        rows.append(len(outputs))
-        return logits(outputs, weight, targets)
+    def watched(outputs, weight, *more):
+        sizes.append((len(outputs), len(weight)))
+        return logits(outputs, weight, *more)
 
     monkeypatch.setattr(model_file, "relative_logits", watched)
     pieces = answer_token_logps(model, trees, chunk=chunk)
-    assert sum(rows) == len(trees.targets)  # logits where an answer token is predicted, only
+    rows, words = zip(*sizes, strict=True)
+    assert set(rows) == {len(trees.targets)}  # logits where an answer token is predicted, only
+    assert sum(words) == CONFIG.vocab_size
     pieces.square().sum().backward()
-    assert max(rows) <= chunk  # in the backward pass too
+    assert max(words for _, words in sizes) <= chunk  # in the backward pass too
     assert torch.allclose(pieces, whole, atol=1e-5)
     for name, p in model.named_parameters():
         assert (gradients[name] - p.grad).norm() < 1e-5 * p.grad.norm(), name
