@@ -87,7 +87,7 @@ def keep_memory():
         return
     max_mmap, trim_threshold = -4, -1  # their names in malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD
     mallopt(max_mmap, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(trim_threshold, -1)  # never
 
 
 def run(main, cls):

@@ -108,13 +108,14 @@ def pair_logps_once(model, examples, micro_tokens, progress=""):
 def reference_logps(model, weights, examples, micro_tokens, progress=""):
     """`pair_logps_once` of a frozen model, kept under out/cache; `weights` is their hash.
 
-    The file's name is the hash of all it depends on: weights, sizes, precision, device, and the
-    tokens of the examples, which hold tokenizer, template and limits.
+    The file's name is the hash of all it depends on: weights, sizes, precision, device, the code of
+    the model, and the tokens of the examples, which hold tokenizer, template and limits.
     """
+    code = Path(__file__).with_name("model.py").read_text(encoding="utf-8")
     device = model.embedding.weight.device.type
     autocast = torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device))
     key = common.content_hash(
-        weights, asdict(model.config), autocast, device, torch.__version__,
+        weights, asdict(model.config), autocast, device, torch.__version__, code,
         [[example.trunk, example.answers] for example in examples],
     )  # fmt: skip
     path = Path("out/cache") / f"{key}.pt"

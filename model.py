@@ -57,9 +57,9 @@ class Group:
 class Trees:
     """A batch of token trees: T tokens, A of them learned.
 
-    Each branch is a span: its trunk's tokens, then its own. Where the trunk is short its tokens are
-    queries again, as they are in every tree's first span, and attention is plainly causal; where
-    it is long they are keys only, which takes a mask.
+    Each branch is a span: its trunk's tokens, then its own. In a tree's first span, and where the
+    trunk is shorter than the branch, the trunk's tokens are queries too and attention is causal;
+    else they are keys only, under a mask.
     """
 
     tokens: torch.Tensor  # (T,) every tree's trunk, then its branches
@@ -97,78 +97,80 @@ def take(x, rows):
 
 def attention(q, k, v, mask):
     """Of q (S, H, Lq, D) over k, v (S, KV, Lk, D) where the mask is True; without one, causal."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    on_cpu, share = q.device.type == "cpu", q.shape[1] // k.shape[1]
+    if on_cpu and q.dtype == torch.bfloat16:
         return BlockAttention.apply(q, k, v, mask)
-    share = q.shape[1] // k.shape[1]
-    if q.device.type != "cpu" and share > 1:  # not all kernels of a GPU share a key/value head
+    if not on_cpu and share > 1:  # not all kernels of a GPU share a key/value head
         k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] > k.shape[1]
-    )
+    how = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": on_cpu and share > 1}
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, **how)
 
 
 class BlockAttention(torch.autograd.Function):
-    """`attention` in bfloat16 on a CPU, where torch's kernel takes its products in float32.
+    """`attention` in bfloat16 on a CPU, where torch's own kernel is no faster than in float32.
 
     Scores exist for a block of queries at a time, in the forward pass and, made again, in the
-    backward pass (as in FlashAttention, Dao et al. 2022, arXiv:2205.14135). Their softmax is
-    float32.
+    backward pass (as in FlashAttention, Dao et al. 2022, arXiv:2205.14135). They are rounded to
+    bfloat16, their softmax is float32.
     """
 
     SIZE = 64  # queries of a block
 
     @staticmethod
     def forward(ctx, q, k, v, mask):
-        q = (q * q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1)).contiguous()
-        k, v = k.contiguous(), v.contiguous()
+        spans, n_kv_head = k.shape[:2]
+        q = q * q.shape[-1] ** -0.5
+        q = q.unflatten(1, (n_kv_head, -1)).flatten(0, 1)  # (N, H / KV, Lq, D), N = S * KV
+        k, v = k.flatten(0, 1), v.flatten(0, 1)  # (N, Lk, D)
+        mask = None if mask is None else mask.repeat_interleave(n_kv_head, dim=0)
+        y = torch.empty_like(q)
+        for some, rows, keys in BlockAttention.blocks(q, k, mask):
+            probs = BlockAttention.probs(q, k, mask, some, rows, keys)
+            y[some, :, rows] = (probs.type_as(v) @ v[some, keys]).unflatten(1, (q.shape[1], -1))
         ctx.save_for_backward(q, k, v, mask)
-        y = torch.empty_like(q)  # (S, KV, H / KV, Lq, D)
-        for spans, rows, keys in BlockAttention.blocks(q, k, mask):
-            weights = BlockAttention.weights(q, k, mask, spans, rows, keys)
-            mixed = weights.type_as(v) @ v[spans, :, keys]
-            y[spans, :, :, rows] = mixed.unflatten(2, (q.shape[2], -1))
-        return y.flatten(1, 2)
+        ctx.shape = spans, n_kv_head
+        return y.unflatten(0, ctx.shape).flatten(1, 2)
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, mask = ctx.saved_tensors
-        grad = grad.unflatten(1, q.shape[1:3])
+        grad = grad.unflatten(1, (ctx.shape[1], -1)).flatten(0, 1)
         grad_q = torch.empty_like(q)
         grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-        for spans, rows, keys in BlockAttention.blocks(q, k, mask):
-            weights = BlockAttention.weights(q, k, mask, spans, rows, keys)
-            grad_mixed = grad[spans, :, :, rows].flatten(2, 3)
-            grad_v[spans, :, keys] += weights.type_as(v).mT @ grad_mixed
-            grad_weights = grad_mixed @ v[spans, :, keys].mT
-            mean = (weights * grad_weights).sum(-1, keepdim=True)
-            grad_scores = weights.mul_(grad_weights - mean).type_as(q)
-            grad_rows = grad_scores @ k[spans, :, keys]
-            grad_q[spans, :, :, rows] = grad_rows.unflatten(2, (q.shape[2], -1))
-            grad_k[spans, :, keys] += grad_scores.mT @ q[spans, :, :, rows].flatten(2, 3)
-        grad_q = (grad_q * q.shape[-1] ** -0.5).flatten(1, 2)
-        return grad_q, grad_k.type_as(k), grad_v.type_as(v), None
+        for some, rows, keys in BlockAttention.blocks(q, k, mask):
+            probs = BlockAttention.probs(q, k, mask, some, rows, keys)
+            grad_rows = grad[some, :, rows].flatten(1, 2)
+            grad_v[some, keys] += probs.type_as(v).mT @ grad_rows
+            grad_probs = grad_rows @ v[some, keys].mT
+            mean = (probs * grad_probs).sum(-1, keepdim=True)
+            grad_scores = probs.mul_(grad_probs - mean).type_as(q)
+            grad_q[some, :, rows] = (grad_scores @ k[some, keys]).unflatten(1, (q.shape[1], -1))
+            grad_k[some, keys] += grad_scores.mT @ q[some, :, rows].flatten(1, 2)
+        grad_q = (grad_q * q.shape[-1] ** -0.5).unflatten(0, ctx.shape).flatten(1, 2)
+        grad_k, grad_v = (x.type_as(q).unflatten(0, ctx.shape) for x in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v, None
 
     @staticmethod
     def blocks(q, k, mask):
-        """Slices of spans, queries and the keys that these may see; scores fit into the cache."""
-        n_queries, n_keys = q.shape[3], k.shape[2]
-        height = min(BlockAttention.SIZE, n_queries) * q.shape[1] * q.shape[2]
-        for spans in slices(q, 2**20 // (height * n_keys) + 1):
-            for first in range(0, n_queries, BlockAttention.SIZE):
-                last = min(first + BlockAttention.SIZE, n_queries)
-                yield spans, slice(first, last), slice(last if mask is None else n_keys)
+        """Slices of the batch, of queries, and of the keys that these may see."""
+        (_, share, n_queries, _), n_keys = q.shape, k.shape[1]
+        size = min(BlockAttention.SIZE, n_queries)
+        for some in slices(q, CACHE // (share * size * n_keys) + 1):
+            for rows in slices(q[0, 0], size):
+                yield some, rows, slice(rows.stop if mask is None else n_keys)
 
     @staticmethod
-    def weights(q, k, mask, spans, rows, keys):
-        """Softmax of a block's scores: (spans, KV, H / KV * rows, keys) float32."""
-        scores = q[spans, :, :, rows].flatten(2, 3) @ k[spans, :, keys].mT
-        each = scores.unflatten(2, (q.shape[2], -1))  # a view: (spans, KV, H / KV, rows, keys)
+    def probs(q, k, mask, some, rows, keys):
+        """Softmax of a block's scores: (batch, H / KV * rows, keys) float32."""
+        scores = q[some, :, rows].flatten(1, 2) @ k[some, keys].mT
+        by_head = scores.unflatten(1, (q.shape[1], -1))  # a view: (batch, H / KV, rows, keys)
         if mask is None:
             n = rows.stop - rows.start
             later = torch.ones(n, n, dtype=torch.bool).triu(1)
-            each[..., rows].masked_fill_(later, -math.inf)
+            by_head[..., rows].masked_fill_(later, -math.inf)
         else:
-            each.masked_fill_(~mask[spans, :, None, rows], -math.inf)
+            by_head.masked_fill_(~mask[some, :, rows], -math.inf)
         return scores.softmax(-1, dtype=torch.float32)
 
 
@@ -656,8 +658,8 @@ class TokenLogps(torch.autograd.Function):
     """log softmax of the logits at the targets: (A,) float32, nats.
 
     outputs: (A, C); weight: (V, C); targets: (A,). Logits exist for `chunk` tokens of the
-    vocabulary at a time, in the forward pass and, made again, in the backward pass; all of them
-    never do. They are computed in `dtype`, the softmax in float32.
+    vocabulary at a time, in the forward pass and, made again, in the backward pass. They are
+    computed in `dtype`, the softmax in float32.
     """
 
     @staticmethod
@@ -665,54 +667,55 @@ class TokenLogps(torch.autograd.Function):
         outputs, weight = outputs.to(dtype), weight.to(dtype)
         target_logits = (outputs.float() * weight[targets].float()).sum(1, keepdim=True)
         base = target_logits.to(dtype)
-        room, parts = outputs.new_empty(len(outputs) * min(chunk, len(weight))), []
-        for words in slices(weight, chunk):
-            logits = relative_logits(outputs, weight[words], base, room)
-            parts.append(torch.cat([logits[few].float().logsumexp(1) for few in slices(logits)]))
-        total = torch.stack(parts).logsumexp(0)
-        ctx.save_for_backward(outputs, weight, targets, base, total)
+        found = []
+        for part in slices(weight, chunk):
+            logits = relative_logits(outputs, weight[part], base)
+            found.append(torch.cat([logits[few].float().logsumexp(1) for few in slices(logits)]))
+            del logits  # before the next ones are made
+        lse = torch.stack(found).logsumexp(0)
+        ctx.save_for_backward(outputs, weight, targets, base, lse)
         ctx.chunk = chunk
-        return (target_logits - base)[:, 0] - total
+        return (target_logits - base)[:, 0] - lse
 
     @staticmethod
     def backward(ctx, grad):
-        outputs, weight, targets, base, total = ctx.saved_tensors
+        outputs, weight, targets, base, lse = ctx.saved_tensors
         grad_outputs = torch.zeros_like(outputs, dtype=torch.float32)
         trained = ctx.needs_input_grad[1]
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if trained else None
-        room = outputs.new_empty(len(outputs) * min(ctx.chunk, len(weight)))
-        for words in slices(weight, ctx.chunk):
-            logits = relative_logits(outputs, weight[words], base, room)
-            column = targets[:, None] - words.start  # of the target, where it is in this slice
+        for part in slices(weight, ctx.chunk):
+            logits = relative_logits(outputs, weight[part], base)
+            column = targets[:, None] - part.start  # of the target, where it is in this part
             inside = (column >= 0) & (column < logits.shape[1])
             column = column.clamp(0, logits.shape[1] - 1)
             for few in slices(logits):
                 # d log p / d logits = (1 at the target, else 0) - softmax; it takes their place.
                 factor = grad[few, None]
-                softmax = logits[few].float().sub_(total[few, None]).exp_()
+                softmax = logits[few].float().sub_(lse[few, None]).exp_()
                 grad_logits = softmax.mul_(-factor)
                 logits[few] = grad_logits.scatter_add_(1, column[few], factor * inside[few])
-            grad_outputs += logits @ weight[words]
+            grad_outputs += logits @ weight[part]
             if trained:
-                grad_weight[words] = logits.t() @ outputs
+                grad_weight[part] = logits.t() @ outputs
+            del logits
         return grad_outputs, grad_weight, None, None, None
+
+
+CACHE = 2**20  # numbers that stay in a CPU's cache
 
 
 def slices(x, size=None):
     """Slices of x of `size` rows; by default as many of a matrix as stay in a CPU's cache."""
-    size = size or (2**20 // x.shape[1] + 1 if x.device.type == "cpu" else len(x))
+    size = size or (CACHE // x.shape[1] + 1 if x.device.type == "cpu" else len(x))
     return (slice(i, min(i + size, len(x))) for i in range(0, len(x), size))
 
 
-def relative_logits(outputs, weight, base, room):
+def relative_logits(outputs, weight, base):
     """Logits less each row's base (rows, 1), which is about that of its target: (rows, tokens).
 
-    Likely tokens then have small numbers, which bfloat16 rounds little. They lie in `room`: new
-    memory costs more than writing it.
+    Likely tokens then have small numbers, which bfloat16 rounds little.
     """
-    shape = len(outputs), len(weight)
-    logits = room[: shape[0] * shape[1]].view(shape)
-    return torch.addmm(-base, outputs, weight.t(), out=logits)
+    return torch.addmm(-base, outputs, weight.t())
 
 
 def answer_token_logps(model, trees, chunk=4096):

@@ -149,6 +149,7 @@ def test_how_spans_are_grouped_changes_nothing(monkeypatch):
 def test_attention_in_blocks_is_attention(size, masked, monkeypatch):
     """In bfloat16 on the CPU, beside a softmax written out in float64: outputs and gradients."""
     monkeypatch.setattr(model_file.BlockAttention, "SIZE", size)
+    monkeypatch.setattr(model_file, "CACHE", size * 3 * 30 * 4)  # 4 or 5 of the batch at a time
     generator = torch.Generator().manual_seed(0)
     n_keys = 30 if masked else 21
     shapes = (5, 21, 6, 8), (5, n_keys, 2, 8), (5, n_keys, 2, 8)  # spans, tokens, heads, channels
@@ -256,6 +257,7 @@ def test_chunks_of_logits_change_nothing_and_bound_what_exists(chunk, monkeypatc
         return logits(outputs, weight, *more)
 
     monkeypatch.setattr(model_file, "relative_logits", watched)
+    monkeypatch.setattr(model_file, "CACHE", 50)  # a few rows at a time
     pieces = answer_token_logps(model, trees, chunk=chunk)
     rows, words = zip(*sizes, strict=True)
     assert set(rows) == {len(trees.targets)}  # logits where an answer token is predicted, only
