@@ -79,7 +79,7 @@ def at_least(options, least, *names):
 def keep_memory():
     """Have glibc, where it is the allocator, keep what is freed: the next step wants it again.
 
-    New pages cost more than what is computed in them (README, Speed).
+    To touch a new page can cost more than what is computed in it (LOG.md).
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

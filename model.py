@@ -119,7 +119,7 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, mask):
-        spans, n_kv_head = k.shape[:2]
+        ctx.shape = _, n_kv_head = k.shape[:2]
         q = q * q.shape[-1] ** -0.5
         q = q.unflatten(1, (n_kv_head, -1)).flatten(0, 1)  # (N, H / KV, Lq, D), N = S * KV
         k, v = k.flatten(0, 1), v.flatten(0, 1)  # (N, Lk, D)
@@ -129,7 +129,6 @@ class BlockAttention(torch.autograd.Function):
             probs = BlockAttention.probs(q, k, mask, some, rows, keys)
             y[some, :, rows] = (probs.type_as(v) @ v[some, keys]).unflatten(1, (q.shape[1], -1))
         ctx.save_for_backward(q, k, v, mask)
-        ctx.shape = spans, n_kv_head
         return y.unflatten(0, ctx.shape).flatten(1, 2)
 
     @staticmethod
@@ -254,7 +253,7 @@ def group_spans(spans, n_tokens):
             mask = (torch.arange(len(keys[0])) <= last)[:, None]
         for _, own in members:
             for i, token in enumerate(own):
-                places[token] = offset + i
+                places[token] = offset + i  # of a trunk's token any place will do: all are equal
             offset += len(queries[0])
         groups.append(Group(queries, keys, mask))
     return groups, places
