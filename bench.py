@@ -46,10 +46,10 @@ class Options:
     pref_data: str = ""  # preference files, separated by commas
     vs: str = ""  # measure this peer too: trl (train) or transformers (sample, prefix)
     pairs: int = 16  # train: rows drawn from the data; one epoch of them is a round
-    batch_size: int = 4  # pairs a step
-    rounds: int = 2  # how often the sides take turns
+    batch_size: int = 4  # train, memory: pairs a step
+    rounds: int = 2  # train, sample, prefix: how often the sides take turns
     sizes: tuple[str, ...] = ("135M", "360M", "1.1B")  # memory: which of the shapes below
-    lora_rank: int = 0  # train: adapters of this rank; 0: the whole model
+    lora_rank: int = 0  # adapters of this rank; train, 0: the whole model; memory, 0: 16
     max_gib: float = 12.0  # memory: skip what would not fit, 16 bytes a trained parameter
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: str = "auto"  # auto, bf16, fp16, fp32
@@ -268,7 +268,7 @@ def operations(job):
 
 def train(options, device, precision):
     """Speed and memory of one epoch of `pairs` rows drawn from the data, reference included."""
-    records = [record for _, rows in data.read_preferences(options.pref_data) for record in rows]
+    records = data.read_records(options.pref_data)
     rows = random.Random(0).sample(records, min(options.pairs, len(records)))
     lines = [json.dumps({k: v for k, v in row.items() if k != "where"}) for row in rows]
     sides = {"nanoAlign": train_ours} | ({"TRL": train_trl} if options.vs else {})
@@ -304,7 +304,7 @@ NEW_TOKENS = 64  # of each answer; end tokens do not stop it, so that all do the
 
 def sampling_prompts(options):
     """Token lists of eight queries under the first row's meta-prompt."""
-    records = [record for _, rows in data.read_preferences(options.pref_data) for record in rows]
+    records = data.read_records(options.pref_data)
     tokenizer, block_size = load_tokenizer(options.init_from)
     first = {k: v for k, v in records[0].items() if k in data.META_PROMPT}
     queries = list({json.dumps(r["prompt"]): r["prompt"] for r in records}.values())[:8]
@@ -332,7 +332,7 @@ def time_sampling(write, prompts):
 
 def sample_ours(init_from, prompts, device, precision):
     device = torch.device(device)
-    model, _, _ = load_checkpoint(init_from, device, common.PRECISIONS[precision])
+    model, _ = load_checkpoint(init_from, device, common.PRECISIONS[precision])
     model = for_inference(model, sampling=True)
 
     def write(prompts, n):
@@ -413,7 +413,7 @@ def time_passes(run):
 
 def prefix_ours(init_from, device, precision):
     device = torch.device(device)
-    model, _, _ = load_checkpoint(init_from, device)
+    model, _ = load_checkpoint(init_from, device)
     model.train()
 
     def run(prefix, answers):

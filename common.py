@@ -16,16 +16,14 @@ import time
 import typing
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
+import distributed
+from distributed import part_of, saved, whole
+
 # Batches differ in length, and oneDNN keeps a compiled kernel for each shape: a gigabyte of them.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-if os.environ.get("RANK", "0") != "0":  # of several processes one shows its progress
-    os.environ["TQDM_DISABLE"] = "1"
-
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import distributed  # noqa: E402
-from distributed import part_of, saved, whole  # noqa: E402
 
 
 class UserError(Exception):
@@ -74,6 +72,14 @@ def at_least(options, least, *names):
         value = getattr(options, name)
         if not least <= value < 2**31:  # NaN compares as false
             raise UserError(f"--{name} must be at least {least} and below 2**31, not {value}")
+
+
+def above_zero(options, *names):
+    """Raise UserError for an option that is not above 0 and finite."""
+    for name in names:
+        value = getattr(options, name)
+        if not 0 < value < math.inf:
+            raise UserError(f"--{name} must be above 0, not {value}")
 
 
 def keep_memory():
@@ -422,7 +428,7 @@ def optimizer_state(optimizer, change, state=None):
     return state | {"state": moments}
 
 
-def load_checkpoint(folder, run_hash, model, optimizer, scaler):
+def restore_checkpoint(folder, run_hash, model, optimizer, scaler):
     """Restore what `save_checkpoint` wrote: the number of steps done.
 
     Raises UserError when the file is broken or was written under other options or data.
@@ -453,7 +459,7 @@ def run_hash(config, examples, *more):
 def start_run(folder, options, config, run_hash, model, optimizer, scaler):
     """Claim the folder, resume or write config.json: the number of steps that are done."""
     if on_first(open_run, folder, options.resume, options.overwrite):
-        return load_checkpoint(folder, run_hash, model, optimizer, scaler)
+        return restore_checkpoint(folder, run_hash, model, optimizer, scaler)
     save_json(folder / "config.json", config | provenance())
     return 0
 
@@ -490,6 +496,12 @@ class Log:
                 f.write(json.dumps(fields) + "\n")
         except OSError as error:
             raise UserError(f"{self.path}: cannot write: {error.strerror}") from None
+
+
+def progress_bar(order, first_step, name):
+    """Of several processes one shows it."""
+    return tqdm(total=order.max_steps, initial=first_step, desc=name, unit="step",
+                disable=distributed.RANK > 0)
 
 
 def log_step(log, bar, fields, start, log_every):

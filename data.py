@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tiktoken
 
-from common import UserError, at_least, load_json, run, write_atomically
+from common import UserError, at_least, content_hash, load_json, run, write_atomically
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,9 @@ class Tokenizer:
 
     def describe(self):
         """What has to be known besides `tokenizer.tiktoken`; kept in config.json."""
-        return {"name": self.name, "pattern": self.pattern, "special_tokens": SPECIAL_TOKENS}
+        ranks = content_hash([piece.hex() for piece in sorted(self.ranks, key=self.ranks.get)])
+        return {"name": self.name, "pattern": self.pattern, "ranks": ranks,
+                "special_tokens": SPECIAL_TOKENS}
 
     def save(self, folder):
         lines = sorted((rank, base64.b64encode(piece)) for piece, rank in self.ranks.items())
@@ -113,9 +115,13 @@ class Tokenizer:
                 raise UserError(f"{path}: field 'tokenizer.{field}': missing")
         ranks = read_ranks(Path(folder) / "tokenizer.tiktoken")
         try:
-            return cls(about["name"], about["pattern"], ranks)
+            tokenizer = cls(about["name"], about["pattern"], ranks)
         except ValueError as error:
             raise UserError(f"{path}: field 'tokenizer.pattern': {error}") from None
+        found = tokenizer.describe()["ranks"]
+        if about.get("ranks", found) != found:  # runs of earlier versions do not have it
+            raise UserError(f"{folder}/tokenizer.tiktoken: not the vocabulary of its config.json")
+        return tokenizer
 
 
 GPT2_PATTERN = (
@@ -174,24 +180,23 @@ def read_preferences(names):
         for line, fields in read_lines(path):
             if "chosen" in fields or "rejected" in fields:
                 records.append(pair_record(fields, line))
+                ignored.update(fields.keys() - RECORD_FIELDS)
             elif "completions" in fields:
                 records += rated_pairs(*ultrafeedback(fields, line), line)
-                ignored.update(RECORD_FIELDS & set(fields) - {"prompt"})
+                ignored.update(fields.keys() - RATED_FIELDS)
             elif "response" in fields:
                 prompt, response, scores = helpsteer(fields, line)
                 rated.setdefault(prompt, (line, []))[1].append((response, scores))
-                ignored.update(RECORD_FIELDS & set(fields) - {"prompt"})
+                ignored.update(fields.keys() - RATED_FIELDS)
             else:
                 raise UserError(f"{line}: field 'chosen': missing")
-            ignored.update(set(fields) - RECORD_FIELDS - RATED_FIELDS)
         for prompt, (line, completions) in rated.items():
             records += rated_pairs(prompt, completions, line)
         kept = [r for r in records if r["chosen"] != r["rejected"]]
         same = len(records) - len(kept)
         if same:
             print(f"{path}: skipped {same} of {len(records)} rows: both answers are the same")
-        if ignored:
-            print(f"{path}: ignored fields: {', '.join(sorted(ignored))}")
+        print_ignored(path, ignored)
         if not kept:
             raise UserError(f"{path}: no pair to learn from")
         datasets.append((dataset_name(path), kept))
@@ -203,9 +208,19 @@ def read_preferences(names):
     return datasets
 
 
+def read_records(names):
+    """The records of all files of `read_preferences` together."""
+    return [record for _, records in read_preferences(names) for record in records]
+
+
 ASPECTS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 RECORD_FIELDS = {*META_PROMPT, "prompt", "chosen", "rejected", "label_prob", "user", "meta"}
-RATED_FIELDS = {"instruction", "completions", "response", *ASPECTS}
+RATED_FIELDS = {"prompt", "instruction", "completions", "response", *ASPECTS}
+
+
+def print_ignored(path, fields):
+    if fields:
+        print(f"{path}: ignored fields: {', '.join(sorted(fields))}")
 
 
 def read_responses(names):
@@ -216,9 +231,11 @@ def read_responses(names):
     """
     records = []
     for path in map(Path, filter(None, names.split(","))):
+        ignored = set()
         for line, fields in read_lines(path):
             if "completions" in fields and "chosen" not in fields:
                 records += rated_pairs(*ultrafeedback(fields, line), line)
+                ignored.update(fields.keys() - RATED_FIELDS)
                 continue
             if "chosen" in fields:
                 record = pair_record(fields, line)
@@ -226,8 +243,11 @@ def read_responses(names):
                 record = common_fields(fields, line)
                 record["prompt"] = take_prompt(fields, record, line)
             if "response" in fields or "chosen" not in fields:
-                record["response"] = answer_text(fields, "response", line)
+                asked = fields | {"prompt": record["prompt"]}
+                record["response"] = answer_text(asked, "response", line)
             records.append(record)
+            ignored.update(fields.keys() - RECORD_FIELDS - {"response"})
+        print_ignored(path, ignored)
     if not records:
         raise UserError("--data: no rows to learn from")
     return records
@@ -299,7 +319,7 @@ def common_fields(fields, line):
         choice = {f: text_field(example.get(f), f"examples[{i}].{f}", line)
                   for f in ("prompt", "chosen", "rejected")}
         record.setdefault("examples", []).append(choice)
-    p = fields.get("label_prob", 1.0)
+    p = 1.0 if fields.get("label_prob") is None else fields["label_prob"]
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
         raise UserError(f"{line}: field 'label_prob': must be between 0 and 1, not {p!r}")
     record["label_prob"] = float(p)
@@ -494,8 +514,8 @@ def encode(record, tokenizer, block_size, structure=0):
 
     room = block_size - structure  # for contents and the longest answer
     if room < 2 * len(contents) + 2:
-        tier = max(META_PROMPT, key=lambda tier: len(str(record.get(tier, ""))))
-        if tier not in record:
+        tier = max(META_PROMPT, key=lambda tier: len(str(record.get(tier) or "")))
+        if not record.get(tier):
             raise UserError(f"{where}: field 'prompt': "
                             f"{len(turns)} turns do not fit into a context of {block_size}")
         raise UserError(f"{where}: field '{tier}': with it {structure} tokens are taken of a "

@@ -23,7 +23,7 @@ import few_shot
 import hf_model
 import world
 from common import UserError
-from model import adapt, answer_logps, for_inference, pack
+from model import answer_logps, for_inference, pack
 from sample import answer, load_checkpoint, reference_folder, weights_hash
 
 
@@ -31,7 +31,7 @@ from sample import answer, load_checkpoint, reference_folder, weights_hash
 class Options:
     """Measure how well a checkpoint follows preferences; prints a table, writes eval.json."""
 
-    ckpt: str = "out/dpo"  # folder of a finished run
+    ckpt: str = "out/dpo"  # finished run, Hugging Face folder or org/name
     pref_data: str = "world"  # world, users, told, or preference files, separated by commas
     context: tuple[str, ...] = ()  # numbers of other choices of a row's user to be shown
     context_data: str = ""  # files to take those choices from; default: pref_data
@@ -314,15 +314,15 @@ def steered_logps(model, records, examples, micro_tokens, progress):
     return pair_logps(model, examples, micro_tokens, progress, few_shot.latents(model, records))
 
 
-def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens, max_new_tokens=120):
+def evaluate(policies, reference, weights, tokenizer, datasets, block_size, micro_tokens,
+             max_new_tokens=Options.max_new_tokens):
     """{policy name: {dataset name: entry of eval.json}} for models {policy name: model}.
 
     The reference may be one of them; `weights` is the hash of its weights.
     """
     results, alone_logps = {policy: {} for policy in policies}, {}
+    latent = any(model.encoder is not None for model in policies.values())
     for name, records in datasets:
-        block_size = min(model.config.block_size for model in (reference, *policies.values()))
-        latent = any(model.encoder is not None for model in policies.values())
         read = [few_shot.without_examples(r) for r in records] if latent else records
         shown, alone = encode_both(read, tokenizer, block_size, name)
         logps = {reference: [
@@ -349,10 +349,10 @@ def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens, ma
                     model, tokenizer, asked, max_new_tokens, f"{policy} answers {name}"
                 )
                 found |= generated
-            results[policy][name] = summarize(found, records, flips)
-            for axis, right in axes.items():
-                share = round(float(np.mean(right)), 4)
-                results[policy][name].setdefault("generated_by_axis", {})[axis] = share
+            entry = results[policy][name] = summarize(found, records, flips)
+            if axes:
+                entry["generated_by_axis"] = {axis: round(float(np.mean(right)), 4)
+                                              for axis, right in axes.items()}
     return results
 
 
@@ -380,7 +380,7 @@ def print_table(results):
 
 def load_reward_model(folder, config, device):
     """(reward model, how it sees answers) of a run of train_btl.py."""
-    base, tokenizer, _ = load_checkpoint(reference_folder(folder, config), device)
+    base, tokenizer = load_checkpoint(reference_folder(folder, config), device)
     path = Path(folder) / "model.pt"
     try:
         model = few_shot.RewardModel(**config["model"]).to(device).eval()
@@ -441,8 +441,7 @@ def load_reference(options, policy, tokenizer, config, device, dtype):
             folder = reference_folder(options.ckpt, config)
         except UserError as error:
             raise UserError(f"{error}; give --reference") from None
-    reference, its_tokenizer, _ = load_checkpoint(folder, device, dtype)
-    adapt(reference, 0)
+    reference, its_tokenizer = load_checkpoint(folder, device, dtype)
     if its_tokenizer.describe() != tokenizer.describe():
         raise UserError(f"--reference {folder}: has another tokenizer than {options.ckpt}")
     return reference, folder
@@ -468,14 +467,15 @@ def main(options):
         print_table(results)
         save_report(ckpt, results, "none: rewards are compared as they are", "fp32")
         return
-    policy, tokenizer, config = load_checkpoint(ckpt, device, dtype)
+    policy, tokenizer = load_checkpoint(ckpt, device, dtype)
     reference, folder = load_reference(options, policy, tokenizer, config, device, dtype)
     datasets = load_datasets(options)
     policy, reference = for_inference(policy), for_inference(reference)
+    block_size = min(policy.config.block_size, reference.config.block_size)
     with common.autocast(device, precision):
         [results] = evaluate(
             {"policy": policy}, reference, weights_hash(folder), tokenizer, datasets,
-            options.micro_tokens, options.max_new_tokens,
+            block_size, options.micro_tokens, options.max_new_tokens,
         ).values()  # fmt: skip
     print_table(results)
     save_report(ckpt, results, folder, precision)

@@ -199,7 +199,7 @@ class RewardModel(nn.Module):
     Two answers compare as in Bradley and Terry's model: p(a is chosen) = sigmoid(r(a) - r(b)).
     """
 
-    def __init__(self, n_features, n_latent=8, n_hidden=64, n_layer=3):
+    def __init__(self, n_features, n_latent, n_hidden, n_layer):
         super().__init__()
         sizes = [n_features, *[n_hidden] * n_layer]
         self.encoder = Encoder(n_features, n_latent, n_hidden)

@@ -21,12 +21,12 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 @dataclass(frozen=True)
 class ModelConfig:
     vocab_size: int
-    block_size: int = 512  # longest path, trunk and one branch, in tokens
-    n_layer: int = 4
-    n_head: int = 4
-    n_kv_head: int = 2  # each key/value head serves n_head / n_kv_head query heads
-    n_embd: int = 128
-    n_hidden: int = 384  # width inside the SwiGLU
+    block_size: int  # longest path, trunk and one branch, in tokens
+    n_layer: int
+    n_head: int
+    n_kv_head: int  # each key/value head serves n_head / n_kv_head query heads
+    n_embd: int
+    n_hidden: int  # width inside the SwiGLU
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # Llama 3's: factor, low_freq_factor, high_freq_factor, ...
     norm_eps: float = 1e-5
@@ -55,7 +55,9 @@ class Group:
 
 @dataclass
 class Trees:
-    """A batch of token trees: T tokens, A of them learned.
+    """A batch of token trees: T tokens that are run, A that are learned.
+
+    A branch's last token is learned, not run.
 
     Each branch is a span: its trunk's tokens, then its own. In a tree's first span, and where the
     trunk is shorter than the branch, the trunk's tokens are queries too and attention is causal;
@@ -107,6 +109,15 @@ def attention(q, k, v, mask):
         return F.scaled_dot_product_attention(q, k, v, **how)
 
 
+CACHE = 2**20  # numbers that stay in a CPU's cache
+
+
+def slices(x, size=None):
+    """Slices of x of `size` rows; by default as many of a matrix as stay in a CPU's cache."""
+    size = size or (CACHE // x.shape[1] + 1 if x.device.type == "cpu" else len(x))
+    return (slice(i, min(i + size, len(x))) for i in range(0, len(x), size))
+
+
 class BlockAttention(torch.autograd.Function):
     """`attention` in bfloat16 on a CPU, where torch's own kernel is no faster than in float32.
 
@@ -119,7 +130,7 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, mask):
-        ctx.shape = _, n_kv_head = k.shape[:2]
+        ctx.shape, n_kv_head = k.shape[:2], k.shape[1]
         q = q * q.shape[-1] ** -0.5
         q = q.unflatten(1, (n_kv_head, -1)).flatten(0, 1)  # (N, H / KV, Lq, D), N = S * KV
         k, v = k.flatten(0, 1), v.flatten(0, 1)  # (N, Lk, D)
@@ -189,12 +200,12 @@ def pack(trees, device="cpu"):
         for i, branch in enumerate(branches):
             start, run = len(tokens), branch[:-1]
             tokens += run
+            own = range(start, len(tokens))
             positions += range(size, size + len(run))
-            predictors += [root + size - 1, *range(start, len(tokens))]
+            predictors += [root + size - 1, *own]
             targets += branch
             answer += [n_answers] * len(branch)
             n_answers += 1
-            own = range(start, len(tokens))
             if i == 0 or size < len(run):  # where the trunk is short a mask would cost more
                 spans.append(((), [*trunk_tokens, *own]))
             elif run:
@@ -302,6 +313,9 @@ def rotate(x, cos, sin):
     return torch.addcmul(x_float * cos, x_float.roll(x.shape[-1] // 2, -1), sin).type_as(x)
 
 
+LORA_ALPHA = 16  # the low-rank change of a weight is scaled by this over the rank
+
+
 class Linear(nn.Linear):
     """x W^T, plus a low-rank change of it (LoRA, Hu et al. 2021, arXiv:2106.09685, Eq. 3).
 
@@ -333,9 +347,6 @@ class Linear(nn.Linear):
         if self.lora_a is None:
             return self.weight.float()
         return self.weight.float() + self.scale * (self.lora_b @ self.lora_a)
-
-
-LORA_ALPHA = 16  # the change is scaled by this over the rank
 
 
 class Attention(nn.Module):
@@ -700,15 +711,6 @@ class TokenLogps(torch.autograd.Function):
         return grad_outputs, grad_weight, None, None, None
 
 
-CACHE = 2**20  # numbers that stay in a CPU's cache
-
-
-def slices(x, size=None):
-    """Slices of x of `size` rows; by default as many of a matrix as stay in a CPU's cache."""
-    size = size or (CACHE // x.shape[1] + 1 if x.device.type == "cpu" else len(x))
-    return (slice(i, min(i + size, len(x))) for i in range(0, len(x), size))
-
-
 def relative_logits(outputs, weight, base):
     """Logits less each row's base (rows, 1), which is about that of its target: (rows, tokens).
 
@@ -718,7 +720,7 @@ def relative_logits(outputs, weight, base):
 
 
 def answer_token_logps(model, trees, chunk=4096):
-    """log p of every learned token: (A,) float32, nats. The one place where t predicts t + 1."""
+    """log p of every learned token, which `pack` says what predicts: (A,) float32, nats."""
     outputs = model(trees).index_select(0, trees.predictors)  # (A, C)
     weight = getattr(model, "module", model).head_weight  # the model that DDP wraps
     dtype = matmul_dtype(outputs.device)
@@ -795,7 +797,6 @@ def generate(model, prompts, end_token, max_new_tokens, generator=None, z=None, 
 
     z = None if z is None else z[alive]
     trees, last = pack_prompts([prompts[i] for i in alive], z, device)
-    lengths = torch.tensor([len(prompts[i]) for i in alive], device=device)
     size = max(len(prompts[i]) + room[i] for i in alive)
     shape = (2, len(alive), config.n_kv_head, size, config.head_size)
     cache = torch.zeros(config.n_layer, *shape, device=device, dtype=dtype)
@@ -812,15 +813,14 @@ def generate(model, prompts, end_token, max_new_tokens, generator=None, z=None, 
             return answers
         if len(going) < len(alive):
             alive = [alive[j] for j in going]
-            chosen, lengths, cache = chosen[going], lengths[going], cache[:, :, going]
+            chosen, cache = chosen[going], cache[:, :, going]
             z = None if z is None else z[going]
         sizes = [len(prompts[i]) + len(answers[i]) for i in alive]
-        mask = None
+        positions, mask = torch.tensor(sizes, device=device) - 1, None
         if min(sizes) < max(sizes):
-            mask = (torch.arange(max(sizes), device=device) <= lengths[:, None])[:, None, None]
+            mask = (torch.arange(max(sizes), device=device) <= positions[:, None])[:, None, None]
         rows = torch.arange(len(alive), device=device)
-        outputs = model(Step(chosen, lengths, rows, max(sizes), mask, z), cache)
-        lengths = lengths + 1
+        outputs = model(Step(chosen, positions, rows, max(sizes), mask, z), cache)
 
 
 def pack_prompts(prompts, z, device):
@@ -835,6 +835,7 @@ def pack_prompts(prompts, z, device):
         shared = 0
         trees = pack([(prompt, []) for prompt in prompts], device)
     else:
+        # A branch's last token, here 0, is not run.
         trees = pack([(first[:shared], [[*prompt[shared:], 0] for prompt in prompts])], device)
     trees.z, paths, end = z, [], shared
     for prompt in prompts:

@@ -48,7 +48,7 @@ COMPONENTS = 5  # of people's answers
 
 
 def read_all(path):
-    return [record for _, rows in data.read_preferences(str(path)) for record in rows]
+    return data.read_records(str(path))
 
 
 def read_statements(path):

@@ -230,7 +230,7 @@ def continuum(model, tokenizer, records, z_from, z_to, wanted, steps=9):
 @torch.no_grad()
 def draw_latent(plt, folder):
     """Users of the evaluation by their latents, coloured by what they want; a line between two."""
-    model, tokenizer, _ = load_checkpoint(folder, torch.device("cpu"))
+    model, tokenizer = load_checkpoint(folder, torch.device("cpu"))
     if model.config.n_latent < 2:
         raise UserError(f"--latent {folder}: this run has no latent of two channels or more")
     records = few_shot.with_context(world.user_pairs(evaluation=True), 16)

@@ -190,7 +190,7 @@ def answer_both_ways(options):
     """Print greedy answers under opposite preferences, and the ratio of their mean lengths."""
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
-    model, tokenizer, _ = load_checkpoint(options.ckpt, device, common.PRECISIONS[precision])
+    model, tokenizer = load_checkpoint(options.ckpt, device, common.PRECISIONS[precision])
     model = for_inference(model, sampling=True)
     for name, preferences in ASKED.items():
         path = Path(options.out_dir) / f"{name}-val.jsonl"

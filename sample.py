@@ -23,7 +23,7 @@ from model import ModelConfig, adapt, add_latent, for_inference, from_weights, g
 class Options:
     """Answer a prompt under each preference; without --prompt, chat on the terminal."""
 
-    ckpt: str = "out/dpo"  # folder of a finished run
+    ckpt: str = "out/dpo"  # finished run, Hugging Face folder or org/name
     prompt: str = ""  # the query; without it, a chat
     system: str = ""  # the provider's rules and role
     preference: tuple[str, ...] = ()  # what the user wants; an answer for each
@@ -46,29 +46,29 @@ class Options:
 
 
 def load_checkpoint(folder, device, dtype=torch.float32):
-    """(model, tokenizer, config) of a finished run or a Hugging Face folder (config {}).
+    """(model, tokenizer) of a finished run or a Hugging Face folder.
 
     dtype is that of the blocks' linear layers, as in `model.from_weights`. Raises UserError when a
     file is missing, broken, or belongs to another model.
     """
     folder = hf_model.find(folder)
     if hf_model.is_pretrained(folder):
-        model, tokenizer, config = *hf_model.load(folder, device, dtype), {}
+        model, tokenizer = hf_model.load(folder, device, dtype)
     else:
-        model, tokenizer, config = load_run(folder, device, dtype)
+        model, tokenizer = load_run(folder, device, dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
                         f"the model {model.config.vocab_size}")
-    return model.eval(), tokenizer, config
+    return model.eval(), tokenizer
 
 
 def load_start(folder, device, dtype=torch.float32):
     """`load_checkpoint` of a model to train on; one that has a latent would read its choices by
     what it started from, so it is refused."""
-    found = load_checkpoint(folder, device, dtype)
-    if found[0].encoder is not None:
+    model, tokenizer = load_checkpoint(folder, device, dtype)
+    if model.encoder is not None:
         raise UserError(f"--init_from {folder}: has a latent; take the model it started from")
-    return found
+    return model, tokenizer
 
 
 def load_run(folder, device, dtype):
@@ -96,12 +96,12 @@ def load_run(folder, device, dtype):
             RuntimeError) as error:  # fmt: skip
         reason = common.first_line(error)
         raise UserError(f"{weights}: not the weights of its config.json: {reason}") from None
-    return model, tokenizer, config
+    return model, tokenizer
 
 
 def load_base(folder, config, sizes, device, dtype):
     """The model that a run started from; ValueError when its sizes are not those of the run."""
-    model, _, _ = load_checkpoint(reference_folder(folder, config), device, dtype)
+    model, _ = load_checkpoint(reference_folder(folder, config), device, dtype)
     if replace(model.config, n_latent=sizes.n_latent) != sizes:
         raise ValueError("the starting model's config.json has changed")
     return model
@@ -178,7 +178,7 @@ def read_examples(name):
     """The `examples` tier from a file of preference data: [{prompt, chosen, rejected}, ...]."""
     if not name:
         return []
-    return [few_shot.choice(row) for _, rows in data.read_preferences(name) for row in rows]
+    return [few_shot.choice(row) for row in data.read_records(name)]
 
 
 def meta_prompt(system, preference, examples):
@@ -231,10 +231,10 @@ def main(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
     if options.export:
-        model, tokenizer, _ = load_checkpoint(options.ckpt, torch.device("cpu"))
+        model, tokenizer = load_checkpoint(options.ckpt, torch.device("cpu"))
         hf_model.export(options.export, model, tokenizer)
         return
-    model, tokenizer, _ = load_checkpoint(options.ckpt, device, PRECISIONS[precision])
+    model, tokenizer = load_checkpoint(options.ckpt, device, PRECISIONS[precision])
     model = for_inference(model, sampling=True)
     examples = read_examples(options.examples)
     generator = torch.Generator(device).manual_seed(options.seed)

@@ -223,8 +223,8 @@ def on_files(options, folder, device):
     if options.pref_data == "users":
         records = world.user_pairs()
     else:
-        records = [row for _, rows in data.read_preferences(options.pref_data) for row in rows]
-    base, tokenizer, _ = load_start(options.init_from, device)
+        records = data.read_records(options.pref_data)
+    base, tokenizer = load_start(options.init_from, device)
     features = Features(for_inference(base), tokenizer)
     users = choices_by_user(records, features)
     again = len(records) - sum(map(len, users))

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 import data
@@ -58,7 +57,7 @@ class Options:
     label_smoothing: float = 0.0  # e turns a label's probability p into (1 - e) p + e (1 - p)
     epochs: float = 4.0  # passes over the data
     max_steps: int = 0  # stop after this many steps instead; 0: as many as the epochs take
-    batch_size: int = 24  # pairs a step; even, so that flips stay whole
+    batch_size: int = 24  # pairs a step; even keeps flips whole where all rows are in one
     micro_tokens: int = 4096  # tree tokens of one forward pass; changes memory, not the result
     learning_rate: float = 2e-3  # peak
     warmup_steps: int = 30  # linear, before the cosine to a fiftieth of the peak
@@ -79,15 +78,14 @@ class Options:
         )  # fmt: skip
         common.at_least(
             self, 0, "sft_weight", "btl_weight", "epochs", "max_steps", "learning_rate",
-            "warmup_steps", "weight_decay", "clip", "seed", "lora_rank", "block_size", "context",
+            "warmup_steps", "weight_decay", "seed", "lora_rank", "block_size", "context",
             "latent",
         )  # fmt: skip
         if self.fsdp and (self.lora_rank or self.latent):
             raise UserError("--fsdp trains the whole model: leave out --lora_rank and --latent")
         if self.context and self.blank_meta_prompt:
             raise UserError("--context and --blank_meta_prompt exclude each other")
-        if not 0 < self.beta < math.inf:
-            raise UserError(f"--beta must be above 0, not {self.beta}")
+        common.above_zero(self, "beta", "clip")
         if not 0 <= self.label_smoothing <= 0.5:
             raise UserError(f"--label_smoothing must be 0 to 0.5, not {self.label_smoothing}")
 
@@ -195,7 +193,7 @@ def main(options):
         first_stage(options, Path(init_from))
     frozen = common.PRECISIONS[precision]
     lora = options.lora_rank > 0
-    policy, tokenizer, _ = load_start(init_from, device, frozen if lora else torch.float32)
+    policy, tokenizer = load_start(init_from, device, frozen if lora else torch.float32)
     adapt(policy, options.lora_rank, options.seed)
     if lora:
         reference = AdaptersOff(policy)
@@ -215,8 +213,7 @@ def main(options):
     if in_world:
         records = world.DATA[options.pref_data][0]()
     else:
-        datasets = data.read_preferences(options.pref_data)
-        records = [record for _, rows in datasets for record in rows]
+        records = data.read_records(options.pref_data)
     eval_data = options.eval_data or (options.pref_data if in_world else "")
     held_out = evaluate.load_preferences(eval_data) if eval_data else []
     if options.blank_meta_prompt:
@@ -276,7 +273,7 @@ def main(options):
         del reference  # nothing asks it again
 
     # 6. Loop; the last round only evaluates and saves.
-    bar = tqdm(total=order.max_steps, initial=first_step, desc="dpo", unit="step")
+    bar = common.progress_bar(order, first_step, "dpo")
     for step in range(first_step, order.max_steps + 1):
         last = step == order.max_steps
         resumed = step == first_step > 0  # its evaluation and checkpoint are there already
@@ -356,7 +353,7 @@ def main(options):
         with common.autocast(device, precision):
             results = evaluate.evaluate(
                 policies, reference, config["reference"]["hash"], tokenizer, held_out,
-                options.micro_tokens,
+                block_size, options.micro_tokens,
             )  # fmt: skip
             evaluate.print_comparison(results)
             evaluate.save_report(folder, results["after"], init_from, precision)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import common
 import data
@@ -61,8 +60,9 @@ class Options:
         )  # fmt: skip
         common.at_least(
             self, 0, "epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay",
-            "clip", "seed", "lora_rank", "block_size", "context",
+            "seed", "lora_rank", "block_size", "context",
         )  # fmt: skip
+        common.above_zero(self, "clip")
         if self.fsdp and self.lora_rank:
             raise UserError("--fsdp trains the whole model: leave out --lora_rank")
 
@@ -85,19 +85,20 @@ def main(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
     torch.manual_seed(options.seed)
+    init_from = "" if options.init_from == "scratch" else options.init_from
     common.on_first(
-        common.check_folder, folder, options.resume, options.overwrite, options.init_from
+        common.check_folder, folder, options.resume, options.overwrite, init_from
     )
 
     # 2. Model and tokenizer.
-    if options.init_from == "scratch":
+    if not init_from:
         if options.lora_rank:
             raise UserError("--lora_rank needs a model to start from: --init_from")
         tokenizer = data.load_tokenizer(options.tokenizer)
         model = new_model(options, tokenizer.vocab_size).to(device)
     else:
         frozen = common.PRECISIONS[precision] if options.lora_rank else torch.float32
-        model, tokenizer, _ = load_start(options.init_from, device, frozen)
+        model, tokenizer = load_start(init_from, device, frozen)
         adapt(model, options.lora_rank, options.seed)
     model.train()
     model.checkpointing = options.activation_checkpointing
@@ -128,15 +129,15 @@ def main(options):
         "stage": "sft", "options": dataclasses.asdict(options), "precision": precision,
         "model": dataclasses.asdict(model.config), "tokenizer": tokenizer.describe(),
     }  # fmt: skip
-    if options.init_from != "scratch":
-        config["reference"] = start_of(options.init_from, folder)
+    if init_from:
+        config["reference"] = start_of(init_from, folder)
     run_hash = common.run_hash(config, examples)
     first_step = common.start_run(folder, options, config, run_hash, model, optimizer, scaler)
     tokenizer.save(folder)
     log = common.Log(folder, first_step)
 
     # 5. Loop.
-    bar = tqdm(total=order.max_steps, initial=first_step, desc="sft", unit="step")
+    bar = common.progress_bar(order, first_step, "sft")
     for step in range(first_step, order.max_steps):
         if step % options.save_every == 0 and step > first_step:
             common.save_checkpoint(folder, step, run_hash, model, optimizer, scaler)
@@ -145,7 +146,7 @@ def main(options):
         n_learned = sum(len(example.answers[0]) for example in batch)
 
         # The loss is the mean over all learned tokens of the step, however it is cut.
-        loss_sum = 0.0
+        mean_loss = 0.0
         shares = data.shares(batch, options.micro_tokens, distributed.RANK, distributed.WORLD)
         for n, (rows, weight) in enumerate(shares, 1):
             distributed.sync_gradients(spread, n == len(shares))
@@ -154,8 +155,8 @@ def main(options):
                 token_logps = answer_token_logps(spread, trees)
             loss = -weight * token_logps.sum() / n_learned
             scaler.scale(loss * distributed.WORLD).backward()
-            loss_sum += loss.detach()
-        loss_sum = sum(distributed.gather(loss_sum.item()))
+            mean_loss += loss.detach()
+        mean_loss = sum(distributed.gather(mean_loss.item()))
 
         rate = common.learning_rate(
             step, order.max_steps, options.warmup_steps, options.learning_rate
@@ -163,7 +164,7 @@ def main(options):
         grad_norm = common.update(model, optimizer, scaler, options.clip, rate)
 
         n_tokens = sum(map(data.tree_size, batch))
-        fields = {"step": step + 1, "loss": loss_sum, "grad_norm": grad_norm,
+        fields = {"step": step + 1, "loss": mean_loss, "grad_norm": grad_norm,
                   "learning_rate": rate, "tokens": n_tokens}
         common.log_step(log, bar, fields, start, options.log_every)
     bar.close()

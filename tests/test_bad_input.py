@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -366,6 +367,20 @@ def test_tokenizer_with_a_rank_twice(refused, tiny_run):
     check_all_refuse(refused, tiny_run, "tokenizer.tiktoken")
 
 
+def test_another_vocabulary_of_the_same_size_is_noticed(refused, tiny_run, byte_tokenizer):
+    """Of the checkpoint itself, and of a reference beside it."""
+    other = data.Tokenizer(byte_tokenizer.name, byte_tokenizer.pattern,
+                           {bytes([255 - i]): i for i in range(256)})  # fmt: skip
+    folder = tiny_run.with_name("other")
+    shutil.copytree(tiny_run, folder)
+    other.save(folder)
+    check_all_refuse(refused, folder, "tokenizer.tiktoken")
+    config = common.load_json(folder / "config.json")
+    common.save_json(folder / "config.json", config | {"tokenizer": other.describe()})
+    message = refused(evaluate, "--ckpt", tiny_run, "--reference", folder)
+    assert "another tokenizer" in message
+
+
 def test_checkpoint_that_is_not_there_or_not_finished(refused, tiny_run):
     check_all_refuse(refused, tiny_run.parent / "gone")
     (tiny_run / "model.pt").unlink()
@@ -494,6 +509,7 @@ BAD_OPTIONS = {
     "negative seed": (("--seed", "-1"), "--seed"),
     "endless seed": (("--seed", "1" + "0" * 30), "--seed"),
     "negative clip": (("--clip", "-1"), "--clip"),
+    "clip that stops training": (("--clip", "0"), "--clip"),
     "no saving": (("--save_every", "0"), "--save_every"),
     "no such device": (("--device", "abacus"), "--device"),
     "device that is not here": (("--device", "cuda:99"), "--device"),

@@ -285,9 +285,10 @@ def test_a_meta_prompt_that_does_not_fit_is_an_error(byte_tokenizer, tier):
 def test_a_context_too_small_blames_no_tier_that_is_absent(byte_tokenizer):
     turns = [{"role": role, "content": "hi"} for role in ("user", "assistant") * 10]
     record = {"prompt": turns[:-1], "chosen": "a", "rejected": "b", "where": "f.jsonl:7"}
-    with pytest.raises(UserError) as error:
-        encode(record, byte_tokenizer, 20)
-    assert "f.jsonl:7" in str(error.value) and "'system'" not in str(error.value)
+    for record in (record, record | {"examples": []}):
+        with pytest.raises(UserError) as error:
+            encode(record, byte_tokenizer, 20)
+        assert "f.jsonl:7: field 'prompt'" in str(error.value)
 
 
 # ---------------------------------------------------------------- readers
@@ -318,8 +319,9 @@ SIMPLE = {"prompt": "Tea?", "chosen": "Yes.", "rejected": "No."}
 
 
 def test_trl_strings(read):
-    [record] = read(SIMPLE)
-    assert shown(record) == SIMPLE and record["label_prob"] == 1.0
+    for row in (SIMPLE, SIMPLE | {"label_prob": None, "preference": None}):
+        [record] = read(row)
+        assert shown(record) == SIMPLE and record["label_prob"] == 1.0
 
 
 def test_every_field_of_a_record_is_kept(read):
@@ -426,6 +428,24 @@ def test_a_rated_row_keeps_its_system_message_or_says_that_it_is_ignored(read, c
             for i, r in enumerate("AB")]  # fmt: skip
     [record] = read(*rows)
     assert record.get("system") == "Be kind." or "system" in capsys.readouterr().out
+
+
+def test_fields_that_are_not_read_are_named(read, write_rows, capsys):
+    """Of a pair those of rated rows too; in SFT data as in preference data."""
+    read(SIMPLE | {"verbosity": 1, "instruction": "x"})
+    assert "ignored fields: instruction, verbosity" in capsys.readouterr().out
+    path = write_rows("sft.jsonl", {"prompt": "q", "response": "r", "preferance": "Be kind."})
+    data.read_responses(str(path))
+    assert "ignored fields: preferance" in capsys.readouterr().out
+    data.read_responses(str(write_rows("sft.jsonl", {"prompt": "q", "response": "r"})))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_response_beside_answers_that_hold_the_prompt(write_rows):
+    answers = {field: [turn("user", "Tea?"), turn("assistant", text)]
+               for field, text in (("chosen", "A"), ("rejected", "B"), ("response", "C"))}
+    [record] = data.read_responses(str(write_rows("sft.jsonl", answers)))
+    assert (record["prompt"], record["response"]) == ("Tea?", "C")
 
 
 def test_gzip_bom_crlf_and_blank_lines(tmp_path):

@@ -57,6 +57,7 @@ def test_two_processes_learn_what_one_does(workplace, how):
     settings = {"micro_tokens": 100, "epochs": 2.0, "eval_data": "pairs.jsonl", "eval_every": 3}
     train("train_dpo.py", 1, out_dir="out/one", **settings)
     out = train("train_dpo.py", 2, out_dir="out/two", **settings, **how)
+    assert out.count("dpo:   0%") == 1  # one process shows its progress
     if "lora_rank" in how:
         train("train_dpo.py", 1, out_dir="out/one", overwrite=True, **settings, **how)
     check_same("out/one", "out/two")

@@ -259,7 +259,7 @@ def test_features_are_mean_and_last_of_what_the_model_says_to_an_answer():
 
 
 def test_each_answer_is_read_once(tiny_run):
-    model, tokenizer, _ = sample.load_checkpoint(tiny_run, torch.device("cpu"))
+    model, tokenizer = sample.load_checkpoint(tiny_run, torch.device("cpu"))
     features = few_shot.Features(model, tokenizer)
     choices = [few_shot.choice(row) for row in user_rows()]
     found = features(choices)
@@ -421,8 +421,8 @@ def test_the_weight_of_what_z_alone_is_to_learn(users):
 def test_the_starting_model_reads_the_choices(users):
     """Not the trained one: its outputs have moved since the encoder learned to read them."""
     dpo("out/a", **LATENT, learning_rate=5e-3, epochs=3.0)
-    model, tokenizer, _ = sample.load_checkpoint("out/a", torch.device("cpu"))
-    start, _, _ = sample.load_checkpoint("tiny", torch.device("cpu"))
+    model, tokenizer = sample.load_checkpoint("out/a", torch.device("cpu"))
+    start, _ = sample.load_checkpoint("tiny", torch.device("cpu"))
     choices = [few_shot.choice(row) for row in user_rows()[:5]]
     expected = few_shot.Features(start, tokenizer)(choices)
     assert torch.allclose(model.features(choices), expected, atol=1e-4)
@@ -569,7 +569,7 @@ def test_users_of_the_evaluation_ask_what_training_never_asks():
 
 def test_generated_answers_of_all_users_count_also_without_a_context(workplace):
     """Two users who ask the same want different things, so no row stands for both."""
-    model, tokenizer, _ = sample.load_checkpoint("tiny", torch.device("cpu"))
+    model, tokenizer = sample.load_checkpoint("tiny", torch.device("cpu"))
     rows = [row | {"prompt": "?"} for row in world.user_pairs(True)[:64]]
     found, axes, _ = evaluate.score_generated(model, tokenizer, rows + rows, 2)
     assert len(found["generated_all_right"][0]) == 32

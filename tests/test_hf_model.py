@@ -316,16 +316,16 @@ def test_tensor_that_is_left_over(exported, name):
 
 def test_tensors_that_mean_nothing_are_ignored(exported, tmp_path):
     """RoPE's frequencies, which old versions saved, and a tied head that repeats the embedding."""
-    before, _, _ = sample.load_checkpoint(exported, CPU)
+    before, _ = sample.load_checkpoint(exported, CPU)
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     write_tensors(exported, tensors_of(exported) | frequencies)
-    after, _, _ = sample.load_checkpoint(exported, CPU)
+    after, _ = sample.load_checkpoint(exported, CPU)
     assert same(dict(before.state_dict()), dict(after.state_dict()))
     change_config(exported, tie_word_embeddings=True)
     tensors = tensors_of(exported)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     write_tensors(exported, tensors)
-    tied, _, _ = sample.load_checkpoint(exported, CPU)
+    tied, _ = sample.load_checkpoint(exported, CPU)
     assert not hasattr(tied, "head") and torch.equal(tied.head_weight, before.embedding.weight)
 
 
@@ -423,7 +423,7 @@ def test_context_of_the_tokenizer_is_not_that_of_the_model(exported):
         if rows < config["vocab_size"]:
             assert "token" in refusal(exported)
         else:
-            model, tokenizer, _ = sample.load_checkpoint(exported, CPU)
+            model, tokenizer = sample.load_checkpoint(exported, CPU)
             assert model.config.vocab_size == tokenizer.vocab_size + 56
 
 
@@ -438,7 +438,7 @@ def test_weights_are_read_one_at_a_time(sharded, monkeypatch):
             yield name, tensor
 
     monkeypatch.setattr(hf_model, "read_weights", watched)
-    model, _, _ = sample.load_checkpoint(sharded, CPU)
+    model, _ = sample.load_checkpoint(sharded, CPU)
     assert len(given) == len(list(model.parameters())) > 10
 
 
@@ -630,7 +630,7 @@ def evaluated(ckpt, **options):
 
 
 def logps_of_pairs(folder):
-    model, tokenizer, _ = sample.load_checkpoint(folder, CPU)
+    model, tokenizer = sample.load_checkpoint(folder, CPU)
     [(_, records)] = data.read_preferences("pairs.jsonl")
     examples = data.encode_all(records, tokenizer, model.config.block_size, "pairs")
     return evaluate.pair_logps(model, examples, 4096)
@@ -683,7 +683,7 @@ def test_answer_under_a_preference_is_that_of_transformers(smol):
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(smol)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(smol)
-    model, tokenizer, _ = sample.load_checkpoint(smol, CPU)
+    model, tokenizer = sample.load_checkpoint(smol, CPU)
     for row in pairs():
         meta = [row[tier] for tier in ("system", "preference") if tier in row]
         messages = [{"role": "system", "content": "\n\n".join(meta)},
@@ -709,7 +709,7 @@ def test_block_size_cuts_what_is_longer(start, write_rows, capsys):
                 block_size=block_size, **STEPS | {"max_steps": 1, "batch_size": 4})  # fmt: skip
             assert f"of 4 rows to fit {limit} tokens" in capsys.readouterr().out
             tokens.append(read_log(folder)[0]["tokens"])
-            model, _, _ = sample.load_checkpoint(folder, CPU)
+            model, _ = sample.load_checkpoint(folder, CPU)
             assert model.config.block_size == context
         whole, cut, wide = tokens
         assert 4 * 100 < cut < 4 * 120 + 100 < whole == wide

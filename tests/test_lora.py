@@ -177,10 +177,10 @@ def test_run_writes_its_adapters_alone_and_loads_again(policies):
     assert first["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
-    model, tokenizer, _ = sample.load_checkpoint("out/a", CPU)
+    model, tokenizer = sample.load_checkpoint("out/a", CPU)
     found = logps_of_pairs(model, tokenizer)
     assert torch.equal(found, logps_of_pairs(policy, tokenizer))
-    base, _, _ = sample.load_checkpoint("tiny", CPU)
+    base, _ = sample.load_checkpoint("tiny", CPU)
     before = logps_of_pairs(base, tokenizer)
     assert torch.equal(logps_of_pairs(AdaptersOff(model), tokenizer), before)
     assert (found - before).abs().min() > 1e-3
@@ -206,17 +206,17 @@ def test_dpo_with_lora_learns_to_listen(policies):
 def test_dpo_on_top_of_an_sft_run_with_lora(rank, policies):
     """It starts at ln 2 from the adapted model, and that model is its reference ever after."""
     sft("out/sft", init_from="tiny", lora_rank=2, max_steps=5, learning_rate=3e-2)
-    start, tokenizer, _ = sample.load_checkpoint("out/sft", CPU)
+    start, tokenizer = sample.load_checkpoint("out/sft", CPU)
     assert has_adapters(start)
     expected = logps_of_pairs(start, tokenizer)
-    tiny, _, _ = sample.load_checkpoint("tiny", CPU)
+    tiny, _ = sample.load_checkpoint("tiny", CPU)
     assert (expected - logps_of_pairs(tiny, tokenizer)).abs().min() > 0.1
 
     dpo("out/dpo", init_from="out/sft", lora_rank=rank, max_steps=4, learning_rate=1e-2)
     first, *_, last = read_log("out/dpo")
     assert first["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
     assert last["rewards/margins"] != 0
-    model, _, _ = sample.load_checkpoint("out/dpo", CPU)
+    model, _ = sample.load_checkpoint("out/dpo", CPU)
     assert torch.equal(logps_of_pairs(model, tokenizer), logps_of_pairs(policies[-1], tokenizer))
     if rank:
         off = logps_of_pairs(AdaptersOff(model), tokenizer)
@@ -231,7 +231,7 @@ def test_lora_in_bfloat16(policies):
     rounded = {name for name, kind in kinds.items() if kind == torch.bfloat16}
     assert rounded == {n.replace("lora_a", "weight") for n in adapters(policy) if "lora_a" in n}
     assert read_log("out/a")[0]["loss/dpo"] == pytest.approx(math.log(2), abs=0.01)
-    model, tokenizer, _ = sample.load_checkpoint("out/a", CPU, torch.bfloat16)
+    model, tokenizer = sample.load_checkpoint("out/a", CPU, torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = logps_of_pairs(model, tokenizer)
         assert torch.equal(found, logps_of_pairs(policy, tokenizer))

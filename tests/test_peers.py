@@ -190,7 +190,7 @@ def test_logits_and_greedy_tokens_of_smollm2():
     folder = Path(os.environ["SMOLLM2"])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ours, tokenizer, _ = sample.load_checkpoint(folder, torch.device("cpu"))
+    ours, tokenizer = sample.load_checkpoint(folder, torch.device("cpu"))
     [(_, records)] = data.read_preferences(os.environ["SMOLLM2_DATA"])
     largest = 0.0
     for record in records[: 50 * 4 : 4]:

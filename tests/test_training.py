@@ -185,6 +185,18 @@ def test_evaluation_runs_each_token_of_each_tree_once(passes):
     assert not any(gradient for _, gradient, _ in passes)
 
 
+def test_every_evaluation_of_training_cuts_where_training_does(monkeypatch):
+    limits, encode_both = [], evaluate.encode_both
+
+    def watched(records, tokenizer, block_size, name):
+        limits.append(block_size)
+        return encode_both(records, tokenizer, block_size, name)
+
+    monkeypatch.setattr(evaluate, "encode_both", watched)
+    dpo("out/a", max_steps=1, eval_data="pairs.jsonl", block_size=200)
+    assert limits == [200, 200]  # the watched part, and all of it at the end
+
+
 # ---------------------------------------------------------------- the path in miniature
 
 
@@ -464,8 +476,8 @@ def test_reference_stays_frozen_and_in_evaluation_mode(monkeypatch, passes):
     watch("load_start")
     watch("from_weights")
     dpo("out/a", max_steps=3, eval_data="pairs.jsonl", eval_every=1)
-    (policy, _, _), reference = models
-    start, _, _ = sample.load_checkpoint("tiny", torch.device("cpu"))
+    (policy, _), reference = models
+    start, _ = sample.load_checkpoint("tiny", torch.device("cpu"))
     trees = pack([([1, 2, 3], [[4, 5], [6, 7, 8]])])
     with torch.no_grad():
         assert torch.allclose(reference(trees), start(trees), atol=1e-5)
