@@ -285,9 +285,9 @@ def test_a_meta_prompt_that_does_not_fit_is_an_error(byte_tokenizer, tier):
 def test_a_context_too_small_blames_no_tier_that_is_absent(byte_tokenizer):
     turns = [{"role": role, "content": "hi"} for role in ("user", "assistant") * 10]
     record = {"prompt": turns[:-1], "chosen": "a", "rejected": "b", "where": "f.jsonl:7"}
-    for record in (record, record | {"examples": []}):
+    for examples in ({}, {"examples": []}):
         with pytest.raises(UserError) as error:
-            encode(record, byte_tokenizer, 20)
+            encode(record | examples, byte_tokenizer, 20)
         assert "f.jsonl:7: field 'prompt'" in str(error.value)
 
 
