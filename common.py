@@ -79,7 +79,7 @@ def above_zero(options, *names):
     for name in names:
         value = getattr(options, name)
         if not 0 < value < math.inf:
-            raise UserError(f"--{name} must be above 0, not {value}")
+            raise UserError(f"--{name} must be above 0 and finite, not {value}")
 
 
 def keep_memory():

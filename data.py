@@ -183,11 +183,11 @@ def read_preferences(names):
                 ignored.update(fields.keys() - RECORD_FIELDS)
             elif "completions" in fields:
                 records += rated_pairs(*ultrafeedback(fields, line), line)
-                ignored.update(fields.keys() - RATED_FIELDS)
+                ignored.update(fields.keys() - {"instruction", "completions"})
             elif "response" in fields:
                 prompt, response, scores = helpsteer(fields, line)
                 rated.setdefault(prompt, (line, []))[1].append((response, scores))
-                ignored.update(fields.keys() - RATED_FIELDS)
+                ignored.update(fields.keys() - {"prompt", "response", *ASPECTS})
             else:
                 raise UserError(f"{line}: field 'chosen': missing")
         for prompt, (line, completions) in rated.items():
@@ -215,7 +215,6 @@ def read_records(names):
 
 ASPECTS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 RECORD_FIELDS = {*META_PROMPT, "prompt", "chosen", "rejected", "label_prob", "user", "meta"}
-RATED_FIELDS = {"prompt", "instruction", "completions", "response", *ASPECTS}
 
 
 def print_ignored(path, fields):
@@ -235,16 +234,17 @@ def read_responses(names):
         for line, fields in read_lines(path):
             if "completions" in fields and "chosen" not in fields:
                 records += rated_pairs(*ultrafeedback(fields, line), line)
-                ignored.update(fields.keys() - RATED_FIELDS)
+                ignored.update(fields.keys() - {"instruction", "completions"})
                 continue
             if "chosen" in fields:
+                fields = with_prompt(fields, line)
                 record = pair_record(fields, line)
             else:
                 record = common_fields(fields, line)
                 record["prompt"] = take_prompt(fields, record, line)
+                ignored.update(fields.keys() & {"rejected"})
             if "response" in fields or "chosen" not in fields:
-                asked = fields | {"prompt": record["prompt"]}
-                record["response"] = answer_text(asked, "response", line)
+                record["response"] = answer_text(fields, "response", line)
             records.append(record)
             ignored.update(fields.keys() - RECORD_FIELDS - {"response"})
         print_ignored(path, ignored)
@@ -334,21 +334,25 @@ def common_fields(fields, line):
 
 def pair_record(fields, line):
     """One record from a row with `chosen` and `rejected`, in any of the common layouts."""
-    record = common_fields(fields, line)
-    chosen, rejected = fields.get("chosen"), fields.get("rejected")
-    if fields.get("prompt") is None:  # the prompt stands in both answers
-        chosen, rejected = (
-            turns(answer, field, line) if isinstance(answer, list)
-            else transcript(text_field(answer, field, line), field, line)
-            for field, answer in (("chosen", chosen), ("rejected", rejected))
-        )
-        if chosen[:-1] != rejected[:-1]:
-            raise UserError(f"{line}: field 'rejected': its prompt differs from that of 'chosen'")
-        fields = fields | {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    record, fields = common_fields(fields, line), with_prompt(fields, line)
     record["prompt"] = take_prompt(fields, record, line)
     for field in ("chosen", "rejected"):
         record[field] = answer_text(fields, field, line)
     return record
+
+
+def with_prompt(fields, line):
+    """A pair's fields; a prompt that stands in both answers instead becomes one."""
+    if fields.get("prompt") is not None:
+        return fields
+    chosen, rejected = (
+        turns(fields[field], field, line) if isinstance(fields.get(field), list)
+        else transcript(text_field(fields.get(field), field, line), field, line)
+        for field in ("chosen", "rejected")
+    )
+    if chosen[:-1] != rejected[:-1]:
+        raise UserError(f"{line}: field 'rejected': its prompt differs from that of 'chosen'")
+    return fields | {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
 def take_prompt(fields, record, line):

@@ -472,6 +472,7 @@ def main(options):
     datasets = load_datasets(options)
     policy, reference = for_inference(policy), for_inference(reference)
     block_size = min(policy.config.block_size, reference.config.block_size)
+    block_size = min(block_size, config.get("options", {}).get("block_size") or block_size)
     with common.autocast(device, precision):
         [results] = evaluate(
             {"policy": policy}, reference, weights_hash(folder), tokenizer, datasets,

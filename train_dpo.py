@@ -131,9 +131,10 @@ class Watch:
     def __init__(self, datasets, n_pairs, reference, tokenizer, block_size, micro_tokens, latent):
         self.micro_tokens, self.latent, self.sets = micro_tokens, latent, []
         for name, records in datasets:
-            records = records[:n_pairs]
             read = [few_shot.without_examples(r) for r in records] if latent else records
+            # All of them, so that what does not fit is known before training.
             shown, alone = evaluate.encode_both(read, tokenizer, block_size, name)
+            records, shown, alone = records[:n_pairs], shown[:n_pairs], alone[:n_pairs]
             alone = evaluate.pair_logps_once(reference, alone, micro_tokens)
             self.sets.append((name, records, shown, alone, evaluate.find_flips(records)))
 

@@ -63,6 +63,8 @@ class Options:
             "seed", "lora_rank", "block_size", "context",
         )  # fmt: skip
         common.above_zero(self, "clip")
+        if not self.init_from:
+            raise UserError("--init_from: empty")
         if self.fsdp and self.lora_rank:
             raise UserError("--fsdp trains the whole model: leave out --lora_rank")
 

@@ -529,6 +529,7 @@ def test_bad_option_of_training(refused, sft, dpo, tmp_path, kind):
 
 OTHER_BAD_OPTIONS = (
     (train_sft, "n_head", ("--n_head", "3")),
+    (train_sft, "--init_from", ("--init_from", "")),
     (train_sft, "n_head", ("--n_head", "4", "--n_kv_head", "3")),
     (train_sft, "--n_layer", ("--n_layer", "0")),
     (train_sft, "--tokenizer", ("--tokenizer", "gpt5")),

@@ -439,6 +439,9 @@ def test_fields_that_are_not_read_are_named(read, write_rows, capsys):
     assert "ignored fields: preferance" in capsys.readouterr().out
     data.read_responses(str(write_rows("sft.jsonl", {"prompt": "q", "response": "r"})))
     assert capsys.readouterr().out == ""
+    rated = {"completions": [completion(r, helpfulness=i) for i, r in enumerate("AB")]}
+    read({"instruction": "Tea?", "verbosity": 1} | rated)
+    assert "ignored fields: verbosity" in capsys.readouterr().out
 
 
 def test_a_response_beside_answers_that_hold_the_prompt(write_rows):
@@ -446,6 +449,14 @@ def test_a_response_beside_answers_that_hold_the_prompt(write_rows):
                for field, text in (("chosen", "A"), ("rejected", "B"), ("response", "C"))}
     [record] = data.read_responses(str(write_rows("sft.jsonl", answers)))
     assert (record["prompt"], record["response"]) == ("Tea?", "C")
+    system = turn("system", "Be kind.")
+    answers = {field: [system, *turns] for field, turns in answers.items()}
+    prompt = {"prompt": [system, turn("user", "Tea?")]}
+    alone = {"response": answers["response"]}
+    for row in (answers, answers | prompt, alone | prompt):
+        [record] = data.read_responses(str(write_rows("sft.jsonl", row)))
+        found = [record[field] for field in ("system", "prompt", "response")]
+        assert found == ["Be kind.", "Tea?", "C"]
 
 
 def test_gzip_bom_crlf_and_blank_lines(tmp_path):
