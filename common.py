@@ -23,7 +23,7 @@ import distributed
 from distributed import part_of, saved, whole
 
 # Batches differ in length, and oneDNN keeps a compiled kernel for each shape: a gigabyte of them.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 class UserError(Exception):
