@@ -352,6 +352,9 @@ def with_prompt(fields, line):
     )
     if chosen[:-1] != rejected[:-1]:
         raise UserError(f"{line}: field 'rejected': its prompt differs from that of 'chosen'")
+    response = fields.get("response")  # of SFT data: beside transcripts it may be one too
+    if isinstance(response, str) and response.lstrip().startswith("Human:"):
+        fields = fields | {"response": transcript(response, "response", line)}
     return fields | {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 

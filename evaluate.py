@@ -314,7 +314,7 @@ def steered_logps(model, records, examples, micro_tokens, progress):
     return pair_logps(model, examples, micro_tokens, progress, few_shot.latents(model, records))
 
 
-def evaluate(policies, reference, weights, tokenizer, datasets, block_size, micro_tokens,
+def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens,
              max_new_tokens=Options.max_new_tokens):
     """{policy name: {dataset name: entry of eval.json}} for models {policy name: model}.
 
@@ -322,6 +322,7 @@ def evaluate(policies, reference, weights, tokenizer, datasets, block_size, micr
     """
     results, alone_logps = {policy: {} for policy in policies}, {}
     latent = any(model.encoder is not None for model in policies.values())
+    block_size = min(model.config.block_size for model in (reference, *policies.values()))
     for name, records in datasets:
         read = [few_shot.without_examples(r) for r in records] if latent else records
         shown, alone = encode_both(read, tokenizer, block_size, name)
@@ -471,12 +472,10 @@ def main(options):
     reference, folder = load_reference(options, policy, tokenizer, config, device, dtype)
     datasets = load_datasets(options)
     policy, reference = for_inference(policy), for_inference(reference)
-    block_size = min(policy.config.block_size, reference.config.block_size)
-    block_size = min(block_size, config.get("options", {}).get("block_size") or block_size)
     with common.autocast(device, precision):
         [results] = evaluate(
             {"policy": policy}, reference, weights_hash(folder), tokenizer, datasets,
-            block_size, options.micro_tokens, options.max_new_tokens,
+            options.micro_tokens, options.max_new_tokens,
         ).values()  # fmt: skip
     print_table(results)
     save_report(ckpt, results, folder, precision)

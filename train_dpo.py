@@ -53,7 +53,7 @@ class Options:
     fsdp: bool = False  # under torchrun, spread weights, gradients and optimizer over processes
     lora_rank: int = 0  # train adapters of this rank on a frozen model; 0: train the model
     activation_checkpointing: bool = False  # run blocks twice instead of keeping what they compute
-    block_size: int = 0  # cut prompt and answer to this many tokens; 0: the model's context
+    block_size: int = 0  # cut training rows to this many tokens; 0: the model's context
     label_smoothing: float = 0.0  # e turns a label's probability p into (1 - e) p + e (1 - p)
     epochs: float = 4.0  # passes over the data
     max_steps: int = 0  # stop after this many steps instead; 0: as many as the epochs take
@@ -128,12 +128,13 @@ def check_first_step(losses, margins, lengths, beta, precision):
 class Watch:
     """A fixed part of each evaluation set, scored again and again while the policy trains."""
 
-    def __init__(self, datasets, n_pairs, reference, tokenizer, block_size, micro_tokens, latent):
+    def __init__(self, datasets, n_pairs, reference, tokenizer, micro_tokens, latent):
         self.micro_tokens, self.latent, self.sets = micro_tokens, latent, []
         for name, records in datasets:
             read = [few_shot.without_examples(r) for r in records] if latent else records
             # All of them, so that what does not fit is known before training.
-            shown, alone = evaluate.encode_both(read, tokenizer, block_size, name)
+            size = reference.config.block_size
+            shown, alone = evaluate.encode_both(read, tokenizer, size, name)
             records, shown, alone = records[:n_pairs], shown[:n_pairs], alone[:n_pairs]
             alone = evaluate.pair_logps_once(reference, alone, micro_tokens)
             self.sets.append((name, records, shown, alone, evaluate.find_flips(records)))
@@ -262,7 +263,7 @@ def main(options):
             options.micro_tokens, "reference",
         )  # fmt: skip
         watch = Watch(
-            held_out, options.eval_pairs, reference, tokenizer, block_size, options.micro_tokens,
+            held_out, options.eval_pairs, reference, tokenizer, options.micro_tokens,
             options.latent > 0,
         )  # fmt: skip
         if options.latent:
@@ -354,7 +355,7 @@ def main(options):
         with common.autocast(device, precision):
             results = evaluate.evaluate(
                 policies, reference, config["reference"]["hash"], tokenizer, held_out,
-                block_size, options.micro_tokens,
+                options.micro_tokens,
             )  # fmt: skip
             evaluate.print_comparison(results)
             evaluate.save_report(folder, results["after"], init_from, precision)

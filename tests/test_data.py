@@ -457,6 +457,11 @@ def test_a_response_beside_answers_that_hold_the_prompt(write_rows):
         [record] = data.read_responses(str(write_rows("sft.jsonl", row)))
         found = [record[field] for field in ("system", "prompt", "response")]
         assert found == ["Be kind.", "Tea?", "C"]
+    answers = {field: f"\n\nHuman: Tea?\n\nAssistant: {text}"
+               for field, text in (("chosen", "A"), ("rejected", "B"), ("response", "C"))}
+    for row in (answers, answers | {"response": "C"}):
+        [record] = data.read_responses(str(write_rows("sft.jsonl", row)))
+        assert (record["prompt"], record["response"]) == ("Tea?", "C")
 
 
 def test_gzip_bom_crlf_and_blank_lines(tmp_path):

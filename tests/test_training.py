@@ -185,16 +185,18 @@ def test_evaluation_runs_each_token_of_each_tree_once(passes):
     assert not any(gradient for _, gradient, _ in passes)
 
 
-def test_every_evaluation_of_training_cuts_where_training_does(monkeypatch):
-    limits, encode_both = [], evaluate.encode_both
+def test_block_size_cuts_training_rows_and_no_evaluation(monkeypatch):
+    """And rows that do not fit are known before training, though only some are watched."""
+    seen, encode_both = [], evaluate.encode_both
 
     def watched(records, tokenizer, block_size, name):
-        limits.append(block_size)
+        seen.append((len(records), block_size))
         return encode_both(records, tokenizer, block_size, name)
 
     monkeypatch.setattr(evaluate, "encode_both", watched)
-    dpo("out/a", max_steps=1, eval_data="pairs.jsonl", block_size=200)
-    assert limits == [200, 200]  # the watched part, and all of it at the end
+    dpo("out/a", max_steps=1, eval_data="pairs.jsonl", block_size=200, eval_pairs=4)
+    run(evaluate, ckpt="out/a", pref_data="pairs.jsonl")
+    assert seen == 3 * [(len(pairs()), 256)]  # the watched part, all of it at the end, and again
 
 
 # ---------------------------------------------------------------- the path in miniature
