@@ -23,8 +23,8 @@ import distributed
 from distributed import part_of, saved, whole
 
 # oneDNN keeps a compiled kernel for each shape; batches differ in length, and by default it keeps
-# a gigabyte of them. Attention over a span of 4,096 tokens or more needs 400 in each layer.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
+# a gigabyte of them. Attention needs 100 for a span of 2,048 tokens, 400 from 4,096 on.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 class UserError(Exception):
