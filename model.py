@@ -720,7 +720,7 @@ def relative_logits(outputs, weight, base):
 
 
 def answer_token_logps(model, trees, chunk=4096):
-    """log p of every learned token, which `pack` says what predicts: (A,) float32, nats."""
+    """log p of every learned token: (A,) float32, nats. `pack` says which token predicts it."""
     outputs = model(trees).index_select(0, trees.predictors)  # (A, C)
     weight = getattr(model, "module", model).head_weight  # the model that DDP wraps
     dtype = matmul_dtype(outputs.device)

@@ -47,10 +47,6 @@ RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # candidates for the regression
 COMPONENTS = 5  # of people's answers
 
 
-def read_all(path):
-    return data.read_records(str(path))
-
-
 def read_statements(path):
     """Statements with their facet and trait, all texts."""
     rows = []
@@ -269,9 +265,9 @@ def main(options):
     folder, out = Path(options.data), Path(options.out_dir)
     if not options.data:
         raise UserError("--data is required: a folder with choices_train.jsonl")
-    records = read_all(folder / "choices_train.jsonl")
+    records = data.read_records(str(folder / "choices_train.jsonl"))
     if options.test_data:
-        trained, unseen = records, read_all(options.test_data)
+        trained, unseen = records, data.read_records(options.test_data)
     else:
         trained, unseen = hold_out(records, options.held_out, options.seed)
     files = split(trained, unseen, options.test_rows)
