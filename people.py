@@ -202,17 +202,17 @@ def fit(x, prior, ridge, steps=12):
     return w
 
 
-def accuracy(records, table, prior, ridge):
-    """Share of records that the regression on their `examples` gets right; a tie is wrong."""
+def regression_right(records, table, prior, ridge):
+    """(n,) 1.0 where the regression on a record's `examples` gets it right; a tie is wrong."""
     x = torch.nn.utils.rnn.pad_sequence(
         [differences(record["examples"], table) for record in records], batch_first=True
     )
     w = fit(x, prior, ridge)
-    return ((differences(records, table) * w).sum(1) > 0).float().mean().item()
+    return ((differences(records, table) * w).sum(1) > 0).float()
 
 
 def regression(train, train_b, tests, table):
-    """({kind of context: {N: accuracy}}, the ridge that was chosen).
+    """({kind of context: {N: (n,) 1.0 where it is right}}, the ridge that was chosen).
 
     Prior and ridge come from the people of training: `train` are their choices in group a,
     `train_b` those in b. tests: {kind: {N: records with N `examples`}}.
@@ -220,45 +220,63 @@ def regression(train, train_b, tests, table):
     x = differences(train, table)
     population = fit(x[None], torch.zeros(x.shape[1]), 1.0)
     tuning = few_shot.with_context(train_b[::10], 10, train)
-    ridge = max(RIDGES, key=lambda ridge: accuracy(tuning, table, population, ridge))
-    found = {kind: {n: accuracy(records, table, population, ridge) for n, records in by_n.items()}
-             for kind, by_n in tests.items()}
+    ridge = max(RIDGES, key=lambda r: regression_right(tuning, table, population, r).mean())
+    found = {kind: {n: regression_right(records, table, population, ridge)
+                    for n, records in by_n.items()} for kind, by_n in tests.items()}
     return found, ridge
 
 
 def popularity(records, statements, answers):
-    """Share of records in which the statement that people agree with more is chosen."""
+    """(n,) 1.0 where the statement that people agree with more is chosen."""
     names = [row["statement"] for row in statements]
     mean = dict(zip(names, np.nanmean(answers, axis=0), strict=True))
-    return float(np.mean([mean[r["chosen"]] > mean[r["rejected"]] for r in records]))
+    return torch.tensor([float(mean[r["chosen"]] > mean[r["rejected"]]) for r in records])
 
 
 # ---------------------------------------------------------------- NP-BTL on the same features
 
 
 @torch.no_grad()
-def reward_accuracy(model, records, features):
-    """Share of records that a reward model steered by their `examples` gets right; ties wrong."""
+def reward_right(model, records, features):
+    """(n,) 1.0 where a reward model steered by a record's `examples` is right; a tie is wrong."""
     rewards = model(features(records), few_shot.latents(model, records, features))
-    return (rewards[:, 0] > rewards[:, 1]).float().mean().item()
+    return (rewards[:, 0] > rewards[:, 1]).float()
 
 
-def neural_process(train, tests, table, seed):
-    """{kind of context: {N: accuracy}} of NP-BTL; a statement's features are its row of `table`."""
+def neural_process(train, tests, table):
+    """{kind of context: {N: (n,) how many of NP_SEEDS runs of NP-BTL are right, from 0 to 1}}.
+
+    A statement's features are its row of `table`.
+    """
     features = partial(pair_features, table=table)
     users = train_btl.choices_by_user(train, features)
-    model = train_btl.train_on_users(NP_BTL, users, seed, torch.device("cpu"))
-    return {kind: {n: reward_accuracy(model, records, features) for n, records in by_n.items()}
-            for kind, by_n in tests.items()}
+    models = [train_btl.train_on_users(NP_BTL, users, seed, torch.device("cpu"))
+              for seed in range(NP_SEEDS)]
+    return {kind: {n: sum(reward_right(model, records, features) for model in models) / NP_SEEDS
+                   for n, records in by_n.items()} for kind, by_n in tests.items()}
 
 
 # ---------------------------------------------------------------- main
 
 
-def print_lines(found):
-    for kind, shares in found.items():
-        cells = "".join(f"{100 * x:7.1f}" for x in shares.values())
-        print(f"{'  ' + kind:<32}{cells}")
+def share(right, records):
+    """(mean, half of its 95 % interval) of right (n,), which says how right each record is.
+
+    What one person says hangs together, so the interval counts people, not choices.
+    """
+    mean, by_person = right.mean().item(), Counter()
+    for record, value in zip(records, right.tolist(), strict=True):
+        by_person[record["user"]] += value - mean
+    return mean, 1.96 * sum(off**2 for off in by_person.values()) ** 0.5 / len(records)
+
+
+def with_gain(by_n):
+    """{N: right} and what the largest N gains over none, record by record."""
+    return by_n | {"gain": by_n[SIZES[-1]] - by_n[0]}
+
+
+def print_line(name, shares):
+    print(f"{name:<24}" + "".join(f"{100 * x:7.1f} +- {100 * y:3.1f}" for x, y in shares))
 
 
 def main(options):
@@ -284,11 +302,15 @@ def main(options):
     tests = {f"context from {kind}": {
         n: few_shot.with_context(files["test"], n, files[f"val-{kind}"]) for n in SIZES
     } for kind in ("a", "b")}
-    report = {"popularity": popularity(files["test"], statements, answers)}
+    popular = share(popularity(files["test"], statements, answers), files["test"])
+    report = {"popularity": popular}
     for name, table in tables.items():
         found, ridge = regression(files["train"], files["train-b"], tests, table)
-        runs = [neural_process(files["train"], tests, table, seed) for seed in range(NP_SEEDS)]
-        report[name] = {"regression": found, "ridge": ridge, "NP-BTL": runs}
+        both = {"regression": found, "NP-BTL": neural_process(files["train"], tests, table)}
+        report[name] = {"ridge": ridge} | {
+            method: {kind: {n: share(right, files["test"]) for n, right in with_gain(by_n).items()}
+                     for kind, by_n in found.items()} for method, found in both.items()
+        }
 
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -301,17 +323,14 @@ def main(options):
         print(f"{path}: {len(rows)} choices of {len({row['user'] for row in rows})} people")
     common.save_json(out / "baselines.json", report | common.provenance())
 
-    print(f"\nright choices on {out / 'test'}.jsonl, %, by number of choices known")
-    print(f"{'':<32}" + "".join(f"{n:>7}" for n in SIZES))
+    print(f"\nright choices on {out / 'test'}.jsonl, % and 95 % interval, by number known")
+    print(f"{'':<24}" + "".join(f"{n:>7}{'':7}" for n in (*SIZES, "gain")))
     for name in tables:
-        print(f"logistic regression on {name}")
-        print_lines(report[name]["regression"])
-        print(f"NP-BTL on {name}, mean of {NP_SEEDS} seeds")
-        runs = report[name]["NP-BTL"]
-        print_lines({kind: {n: sum(run[kind][n] for run in runs) / NP_SEEDS for n in SIZES}
-                     for kind in tests})
-    print("the statement that the people of training agree with more: "
-          f"{100 * report['popularity']:.1f}")
+        for method in ("regression", "NP-BTL"):
+            print(f"{method} on {name}")
+            for kind, by_n in report[name][method].items():
+                print_line(f"  {kind}", by_n.values())
+    print_line("popular answer", [popular])
 
 
 if __name__ == "__main__":
