@@ -5,6 +5,7 @@ tokens: no prefix runs twice and no position is padded. Attention alone looks at
 *spans*: runs of queries, each of which sees its span's keys up to itself.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -764,6 +765,65 @@ class Step:
         return y.flatten(1).type_as(k)
 
 
+def next_step(tokens, positions, z, n_keys, masked):
+    """The `Step` of tokens (B,) at positions (B,), each of which sees those up to its own."""
+    rows, mask = torch.arange(len(tokens), device=tokens.device), None
+    if masked:
+        mask = torch.arange(n_keys, device=tokens.device) <= positions[:, None]
+        mask = mask[:, None, None]
+    return Step(tokens, positions, rows, n_keys, mask, z)
+
+
+GRAPHS = ("cuda",)  # devices on which a step is captured, in one process: FSDP is not made for it
+
+
+@functools.cache
+def side_stream(device):
+    """One for all captures: to each stream belongs memory of cuBLAS that is not given back."""
+    return torch.cuda.Stream(device)
+
+
+def capture(function, device):
+    """A function without arguments as a CUDA graph: one launch instead of one for each kernel.
+
+    Its inputs are read, and its outputs written, where they are now. It is called before the
+    capture, as libraries set themselves up in a first call (docs.pytorch.org, "CUDA Graphs").
+    """
+    graph, stream = torch.cuda.CUDAGraph(), side_stream(device)
+    with torch.cuda.device(device):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):
+            outputs = function()
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+class CapturedStep:
+    """Steps of B sequences on a GPU: one graph, so attention always looks at the whole cache."""
+
+    def __init__(self, model, tokens, positions, z, cache):
+        self.tokens, self.positions = tokens.clone(), positions.clone()
+        size = cache.shape[-2]
+
+        def outputs():
+            return model(next_step(self.tokens, self.positions, z, size, masked=True), cache)
+
+        self.outputs = capture(outputs, tokens.device)
+
+    def __call__(self, tokens, positions):
+        """Outputs (B, C), which the next call overwrites, of tokens (B,) at positions (B,)."""
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
+        return self.outputs()
+
+
 def next_token(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     """Choose one token from each row of logits (B, V): (B,). Temperature 0 is greedy."""
     if temperature < 1e-6:
@@ -785,42 +845,47 @@ def generate(model, prompts, end_token, max_new_tokens, generator=None, z=None, 
     """Answers to prompts (lists of tokens of any lengths): lists of tokens, without the end token.
 
     An answer stops at `end_token`, at `max_new_tokens` or at the model's block size. z (prompts,
-    n_latent) steers each; `sampling` is passed to `next_token`. Finished sequences leave the batch.
+    n_latent) steers each; `sampling` is passed to `next_token`. Finished sequences leave the batch,
+    where steps are captured only when they are half of it: it has to be done anew.
     """
     config, device = model.config, model.embedding.weight.device
     dtype = matmul_dtype(device)
     room = [min(max_new_tokens, config.block_size - len(prompt)) for prompt in prompts]
     answers = [[] for _ in prompts]
-    alive = [i for i in range(len(prompts)) if room[i] > 0]  # the answers still being written
-    if not alive:
+    batch = [i for i in range(len(prompts)) if room[i] > 0]
+    if not batch:
         return answers
 
-    z = None if z is None else z[alive]
-    trees, last = pack_prompts([prompts[i] for i in alive], z, device)
-    size = max(len(prompts[i]) + room[i] for i in alive)
-    shape = (2, len(alive), config.n_kv_head, size, config.head_size)
+    z = None if z is None else z[batch]
+    trees, last = pack_prompts([prompts[i] for i in batch], z, device)
+    size = max(len(prompts[i]) + room[i] for i in batch)
+    shape = (2, len(batch), config.n_kv_head, size, config.head_size)
     cache = torch.zeros(config.n_layer, *shape, device=device, dtype=dtype)
     outputs = model(trees, cache).index_select(0, last)
+    capturing = device.type in GRAPHS and not torch.distributed.is_initialized()
+    captured, written = None, set(batch)  # written: answers that go on
     while True:
         chosen = next_token(model.logits(outputs), generator=generator, **sampling)
-        going = []
-        for j, (i, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
-            if token != end_token:
+        for i, token in zip(batch, chosen.tolist(), strict=True):
+            if i in written and token != end_token:
                 answers[i].append(token)
-                if len(answers[i]) < room[i]:
-                    going.append(j)
-        if not going:
+            if token == end_token or len(answers[i]) == room[i]:
+                written.discard(i)
+        if not written:
             return answers
-        if len(going) < len(alive):
-            alive = [alive[j] for j in going]
+        if len(written) <= len(batch) / 2 or len(written) < len(batch) and not captured:
+            going = [j for j, i in enumerate(batch) if i in written]
+            batch, captured = [batch[j] for j in going], None
             chosen, cache = chosen[going], cache[:, :, going]
             z = None if z is None else z[going]
-        sizes = [len(prompts[i]) + len(answers[i]) for i in alive]
-        positions, mask = torch.tensor(sizes, device=device) - 1, None
-        if min(sizes) < max(sizes):
-            mask = (torch.arange(max(sizes), device=device) <= positions[:, None])[:, None, None]
-        rows = torch.arange(len(alive), device=device)
-        outputs = model(Step(chosen, positions, rows, max(sizes), mask, z), cache)
+        sizes = [len(prompts[i]) + len(answers[i]) for i in batch]
+        positions = torch.tensor(sizes, device=device) - 1
+        if capturing:
+            captured = captured or CapturedStep(model, chosen, positions, z, cache)
+            outputs = captured(chosen, positions)
+        else:
+            masked = min(sizes) < max(sizes)
+            outputs = model(next_step(chosen, positions, z, max(sizes), masked), cache)
 
 
 def pack_prompts(prompts, z, device):

@@ -29,7 +29,7 @@ from model import (
     pack,
     rotate,
 )
-from tiny import CONFIG, draw, draw_trees, has_adapters, new_model
+from tiny import CONFIG, capture_on_the_cpu, draw, draw_trees, has_adapters, new_model
 
 
 def dense_logits(model, tokens):
@@ -516,8 +516,10 @@ def until(tokens, end):
     return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
-def test_cached_generation_equals_uncached():
+@pytest.mark.parametrize("captured", [False, True])
+def test_cached_generation_equals_uncached(captured, monkeypatch):
     """Every token of the vocabulary in turn ends an answer, so sequences leave at many steps."""
+    captures = capture_on_the_cpu(monkeypatch) if captured else []
     model, rng = new_model(), random.Random(3)
     prompts = [draw(rng, n) for n in (1, 17, 4, 9, 2, 9)]
     free = [greedy_uncached(model, prompt, 15) for prompt in prompts]
@@ -525,8 +527,11 @@ def test_cached_generation_equals_uncached():
     lengths = set()
     for end in range(CONFIG.vocab_size):
         expected = [until(tokens, end) for tokens in free]
+        captures.clear()
         assert generate(model, prompts, end, 15) == expected
+        assert len(captures) <= 3  # six sequences, at most three, one
         lengths.add(len({len(tokens) for tokens in expected}))
+        assert bool(captures) == (captured and any(expected))
     assert max(lengths) > 2  # one batch finished at three different steps or more
 
 
@@ -548,7 +553,10 @@ def test_what_prompts_share_runs_once(monkeypatch):
     assert set(rows[CONFIG.n_layer :]) == {5}
 
 
-def test_generation_stops_at_block_size_and_at_max_new_tokens():
+@pytest.mark.parametrize("captured", [False, True])
+def test_generation_stops_at_block_size_and_at_max_new_tokens(captured, monkeypatch):
+    if captured:
+        capture_on_the_cpu(monkeypatch)
     model, rng = new_model(), random.Random(4)
     prompts = [draw(rng, n) for n in (3, 40, 38, 31, 39)]  # the block size is 40
     found = generate(model, prompts, -1, 6)

@@ -1,13 +1,17 @@
 """What the tests of models and of runs share: tiny models, tiny data, runs in miniature."""
 
 import json
+import math
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
+import model as model_file
 import train_dpo
 import train_sft
 from model import ModelConfig, Transformer
@@ -202,3 +206,48 @@ def same(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+class Tape(TorchDispatchMode):
+    """Operations as they were called, to be done again on the same tensors: a graph on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        results = operation(*args, **(kwargs or {}))
+        self.calls.append((operation, args, kwargs or {}, results))
+        return results
+
+    def replay(self):
+        for operation, args, kwargs, results in self.calls:
+            found = operation(*args, **kwargs)
+            for old, new in zip(*map(tree_leaves, (results, found)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def capture_on_the_cpu(monkeypatch):
+    """Take the path of CUDA graphs on a CPU; returns the list of captures.
+
+    It shows that a step may be done again from its tensors alone, not that CUDA captures it.
+    """
+    tapes = []
+
+    def capture(function, device):
+        function()
+        with Tape() as tape:
+            outputs = function()
+        tapes.append(tape)
+        outputs.fill_(math.nan)  # a capture computes nothing
+
+        def replay():
+            tape.replay()
+            return outputs
+
+        return replay
+
+    monkeypatch.setattr(model_file, "GRAPHS", ("cpu",))
+    monkeypatch.setattr(model_file, "capture", capture)
+    return tapes
