@@ -774,7 +774,7 @@ def next_step(tokens, positions, z, n_keys, masked):
     return Step(tokens, positions, rows, n_keys, mask, z)
 
 
-GRAPHS = ("cuda",)  # devices on which a step is captured, in one process: FSDP is not made for it
+GRAPHS = ("cuda",)  # devices on which a step is captured
 
 
 @functools.cache
@@ -786,8 +786,9 @@ def side_stream(device):
 def capture(function, device):
     """A function without arguments as a CUDA graph: one launch instead of one for each kernel.
 
-    Its inputs are read, and its outputs written, where they are now. It is called before the
-    capture, as libraries set themselves up in a first call (docs.pytorch.org, "CUDA Graphs").
+    Its inputs are read, and its outputs written, where they are now, so they have to stay. It is
+    called once before the capture, as libraries set themselves up in a first call; to do it again
+    must change nothing (docs.pytorch.org, "CUDA Graphs").
     """
     graph, stream = torch.cuda.CUDAGraph(), side_stream(device)
     with torch.cuda.device(device):
@@ -845,8 +846,8 @@ def generate(model, prompts, end_token, max_new_tokens, generator=None, z=None, 
     """Answers to prompts (lists of tokens of any lengths): lists of tokens, without the end token.
 
     An answer stops at `end_token`, at `max_new_tokens` or at the model's block size. z (prompts,
-    n_latent) steers each; `sampling` is passed to `next_token`. Finished sequences leave the batch,
-    where steps are captured only when they are half of it: it has to be done anew.
+    n_latent) steers each; `sampling` is passed to `next_token`. Finished sequences leave the batch;
+    where steps are captured, when at most half of it goes on, as a smaller batch is captured anew.
     """
     config, device = model.config, model.embedding.weight.device
     dtype = matmul_dtype(device)
@@ -862,19 +863,20 @@ def generate(model, prompts, end_token, max_new_tokens, generator=None, z=None, 
     shape = (2, len(batch), config.n_kv_head, size, config.head_size)
     cache = torch.zeros(config.n_layer, *shape, device=device, dtype=dtype)
     outputs = model(trees, cache).index_select(0, last)
-    capturing = device.type in GRAPHS and not torch.distributed.is_initialized()
-    captured, written = None, set(batch)  # written: answers that go on
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    capturing = device.type in GRAPHS and alone  # FSDP's communication is not captured
+    captured, alive = None, set(batch)
     while True:
         chosen = next_token(model.logits(outputs), generator=generator, **sampling)
         for i, token in zip(batch, chosen.tolist(), strict=True):
-            if i in written and token != end_token:
+            if i in alive and token != end_token:
                 answers[i].append(token)
             if token == end_token or len(answers[i]) == room[i]:
-                written.discard(i)
-        if not written:
+                alive.discard(i)
+        if not alive:
             return answers
-        if len(written) <= len(batch) / 2 or len(written) < len(batch) and not captured:
-            going = [j for j, i in enumerate(batch) if i in written]
+        if len(alive) <= len(batch) / 2 or len(alive) < len(batch) and not captured:
+            going = [j for j, i in enumerate(batch) if i in alive]
             batch, captured = [batch[j] for j in going], None
             chosen, cache = chosen[going], cache[:, :, going]
             z = None if z is None else z[going]

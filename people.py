@@ -8,7 +8,7 @@ statements of group b that no training row has, with their choices from group a 
 
 import json
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -227,7 +227,7 @@ def regression(train, train_b, tests, table):
 
 
 def popularity(records, statements, answers):
-    """(n,) 1.0 where the statement that people agree with more is chosen."""
+    """(n,) 1.0 where the statement that people agree with more is chosen; a tie is wrong."""
     names = [row["statement"] for row in statements]
     mean = dict(zip(names, np.nanmean(answers, axis=0), strict=True))
     return torch.tensor([float(mean[r["chosen"]] > mean[r["rejected"]]) for r in records])
@@ -243,36 +243,38 @@ def reward_right(model, records, features):
     return (rewards[:, 0] > rewards[:, 1]).float()
 
 
-def neural_process(train, tests, table):
-    """{kind of context: {N: (n,) how many of NP_SEEDS runs of NP-BTL are right, from 0 to 1}}.
+def neural_process(train, tests, table, seed):
+    """{kind of context: {N: (n,) 1.0 where NP-BTL is right}}.
 
     A statement's features are its row of `table`.
     """
     features = partial(pair_features, table=table)
     users = train_btl.choices_by_user(train, features)
-    models = [train_btl.train_on_users(NP_BTL, users, seed, torch.device("cpu"))
-              for seed in range(NP_SEEDS)]
-    return {kind: {n: sum(reward_right(model, records, features) for model in models) / NP_SEEDS
-                   for n, records in by_n.items()} for kind, by_n in tests.items()}
+    model = train_btl.train_on_users(NP_BTL, users, seed, torch.device("cpu"))
+    return {kind: {n: reward_right(model, records, features) for n, records in by_n.items()}
+            for kind, by_n in tests.items()}
 
 
 # ---------------------------------------------------------------- main
 
 
-def share(right, records):
+def interval(right, records):
     """(mean, half of its 95 % interval) of right (n,), which says how right each record is.
 
-    What one person says hangs together, so the interval counts people, not choices.
+    The interval is that of other people, with the same statements and training. What one person
+    says hangs together, so deviations are added up by person before they are squared.
     """
-    mean, by_person = right.mean().item(), Counter()
+    mean, deviations = right.mean().item(), defaultdict(float)
     for record, value in zip(records, right.tolist(), strict=True):
-        by_person[record["user"]] += value - mean
-    return mean, 1.96 * sum(off**2 for off in by_person.values()) ** 0.5 / len(records)
+        deviations[record["user"]] += value - mean
+    return mean, 1.96 * sum(d**2 for d in deviations.values()) ** 0.5 / len(records)
 
 
-def with_gain(by_n):
-    """{N: right} and what the largest N gains over none, record by record."""
-    return by_n | {"gain": by_n[SIZES[-1]] - by_n[0]}
+def summary(found, records):
+    """`interval` of each N of each kind, and of what the most choices gain over none."""
+    gains = {kind: {"gain": by_n[SIZES[-1]] - by_n[0]} for kind, by_n in found.items()}
+    return {kind: {n: interval(right, records) for n, right in (by_n | gains[kind]).items()}
+            for kind, by_n in found.items()}
 
 
 def print_line(name, shares):
@@ -302,15 +304,16 @@ def main(options):
     tests = {f"context from {kind}": {
         n: few_shot.with_context(files["test"], n, files[f"val-{kind}"]) for n in SIZES
     } for kind in ("a", "b")}
-    popular = share(popularity(files["test"], statements, answers), files["test"])
+    popular = interval(popularity(files["test"], statements, answers), files["test"])
     report = {"popularity": popular}
     for name, table in tables.items():
         found, ridge = regression(files["train"], files["train-b"], tests, table)
-        both = {"regression": found, "NP-BTL": neural_process(files["train"], tests, table)}
-        report[name] = {"ridge": ridge} | {
-            method: {kind: {n: share(right, files["test"]) for n, right in with_gain(by_n).items()}
-                     for kind, by_n in found.items()} for method, found in both.items()
-        }
+        runs = [neural_process(files["train"], tests, table, seed) for seed in range(NP_SEEDS)]
+        mean = {kind: {n: sum(run[kind][n] for run in runs) / NP_SEEDS for n in SIZES}
+                for kind in tests}
+        report[name] = {"ridge": ridge, "regression": summary(found, files["test"]),
+                        "NP-BTL": summary(mean, files["test"]),
+                        "NP-BTL, each run": [summary(run, files["test"]) for run in runs]}
 
     try:
         out.mkdir(parents=True, exist_ok=True)

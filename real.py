@@ -8,6 +8,7 @@ Some wordings and personas never enter training, so that following unseen ones c
 
 import json
 import random
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class Options:
 
     data: str = ""  # folder with polite, concise and personas, each with train.jsonl and val.jsonl
     out_dir: str = "out/real"  # folder of the files
-    polite_copies: int = 2  # how often a politeness pair occurs, each time in other wordings
+    polite_copies: int = 3  # how often a politeness pair occurs, each time in other wordings
     concise_pairs: int = 1000  # how many pairs of at most concise_size characters
     concise_size: int = 2000  # prompt, preference and both answers together
     personas_pairs: int = 600  # how many pairs of statements
@@ -76,10 +77,17 @@ def flips(records):
     return [[records[i], records[j]] for i, j in evaluate.find_flips(records)]
 
 
+def stems(text):
+    """The first four letters of each word that has as many."""
+    return set(re.findall(r"\b[a-z]{4}", text.lower()))
+
+
 def wordings(records, rng):
     """(wordings to train on, wordings held out), each {(preference_name, kind): [text]}.
 
-    Beside the data's own, training has those of wordings.json, written for this purpose.
+    Beside the data's own, training has those of wordings.json, written for this purpose. Implied
+    ones that share a stem with an implied one held out of their side are left out: they may be
+    paraphrases of it.
     """
     more = common.load_json(Path(__file__).with_name("wordings.json"))
     found = defaultdict(set)
@@ -91,7 +99,11 @@ def wordings(records, rng):
     for (name, kind), texts in sorted(found.items()):
         texts = rng.sample(sorted(texts), len(texts))
         unseen[name, kind] = texts[: HELD_OUT[kind]]
-        seen[name, kind] = texts[HELD_OUT[kind] :] + more[name][kind]
+        ours = [text for text in more[name][kind] if text not in unseen[name, kind]]
+        seen[name, kind] = texts[HELD_OUT[kind] :] + ours
+        if kind == "implied":
+            taken = set().union(*map(stems, unseen[name, kind]))
+            seen[name, kind] = [text for text in seen[name, kind] if taken.isdisjoint(stems(text))]
     return seen, unseen
 
 

@@ -760,15 +760,25 @@ def test_a_neural_process_infers_what_a_person_is_like(tmp_path, write_rows, fea
     tests = {kind: {n: few_shot.with_context(files["test"], n, files[f"val-{kind}"])
                     for n in (0, 20)} for kind in "ab"}  # fmt: skip
     table = features(*read_people(tmp_path))
-    found = people.neural_process(files["train"], tests, table)
+    found = people.neural_process(files["train"], tests, table, seed=0)
     for kind in "ab":  # no statement of b is in training
         assert found[kind][0].mean() < 0.6 < 0.65 < found[kind][20].mean()
 
 
 def test_an_interval_counts_people():
-    """Whoever says the same four times counts once; of people who all do as well there is none."""
+    """Who says the same four times counts once; where all do equally well it is 0."""
     rows = [{"user": user} for user in range(25) for _ in range(4)]
     right = torch.tensor([float(user < 20) for user in range(25) for _ in range(4)])
-    mean, half = people.share(right, rows)
-    assert mean == pytest.approx(0.8) and half == pytest.approx(1.96 * (0.8 * 0.2 / 25) ** 0.5)
-    assert people.share(torch.tensor([1.0, 0.0] * 50), rows) == pytest.approx((0.5, 0))
+    half = 1.96 * (0.8 * 0.2 / 25) ** 0.5
+    assert people.interval(right, rows) == pytest.approx((0.8, half))
+    assert people.interval(torch.tensor([1.0, 0.0] * 50), rows) == pytest.approx((0.5, 0))
+    # Three rows of one person, all right, and one of another, wrong: off by 3/4 each.
+    rows, right = [{"user": user} for user in "aaab"], torch.tensor([1.0, 1.0, 1.0, 0.0])
+    assert people.interval(right, rows) == pytest.approx((0.75, 1.96 * 2**0.5 * 0.75 / 4))
+
+
+def test_the_gain_is_that_of_the_most_choices():
+    rows, ones = [{"user": 0}] * 4, torch.ones(4)
+    by_n = {n: ones if n == 20 else 0 * ones for n in people.SIZES}
+    found = people.summary({"from a": by_n}, rows)["from a"]
+    assert found["gain"] == found[20] == (1, 0) and found[10] == (0, 0)

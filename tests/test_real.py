@@ -1,7 +1,9 @@
 """The experiment on a pretrained model: what is held out, and the length-only rule."""
 
 import json
+import random
 import re
+import string
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,17 @@ WORDS = common.load_json(Path(real.__file__).with_name("wordings.json"))
 SIDES = {"polite": ("polite", "blunt"), "concise": ("concise", "detailed")}
 
 
+WORD = {"polite": "bishop", "blunt": "villain", "concise": "meetings", "detailed": "committee"}
+
+
+def wording(side, kind, i):
+    """Of the implied ones two have the same word, "pol, bbbb 2" and "pol, bbbb 3"; the first two
+    have one that occurs among ours. The first stated one is one of ours."""
+    if kind == "stated":
+        return f"{side[:3]}, {kind} {i}" if i else WORDS[side]["stated"][0]
+    return f"{side[:3]}, {chr(97 + i // 2) * 4 if i > 1 else WORD[side]} {i}"
+
+
 def worded_rows(name, split):
     """A flip for each stated and implied wording: 24 and 12 on each side, as in the real data."""
     rows = []
@@ -21,7 +34,7 @@ def worded_rows(name, split):
             answers = f"short {split} {i}", f"a longer answer {split} {i}"
             for side, (chosen, rejected) in zip(SIDES[name], (answers, answers[::-1]), strict=True):
                 rows.append({
-                    "preference": f"{side}, {kind} {i}", "prompt": f"{split} {kind} {i}",
+                    "preference": wording(side, kind, i), "prompt": f"{split} {kind} {i}",
                     "chosen": chosen, "rejected": rejected,
                     "meta": {"preference_name": side, "wording": kind, "dataset": name},
                 })  # fmt: skip
@@ -62,7 +75,30 @@ def test_held_out_wordings_personas_and_prompts_are_not_in_training(prepared):
         if "personas" not in name:
             assert {r["prompt"] for r in train}.isdisjoint(r["prompt"] for r in rows), name
     assert shown & set(WORDS["polite"]["implied"])  # ours are in training
-    assert len(train) == 2 * 72 + 2 * 5 + 2 * 6  # six pairs of the four other persons
+    assert len(train) == 3 * 72 + 2 * 5 + 2 * 6  # six pairs of the four other persons
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_no_wording_held_out_is_in_training_nor_a_word_of_an_implied_one(name):
+    def words(texts):
+        split = "".join(c if c in string.ascii_lowercase else " " for c in " ".join(texts).lower())
+        return {word[:4] for word in split.split() if len(word) > 3}
+
+    taken = {"stated": set(), "implied": set()}  # ours that some seed leaves out
+    for seed in range(12):
+        seen, unseen = real.wordings(worded_rows(name, "train"), random.Random(seed))
+        for side in SIDES[name]:
+            trained, held_out = seen[side, "implied"], words(unseen[side, "implied"])
+            assert held_out.isdisjoint(words(trained))
+            own = {wording(side, "implied", i) for i in range(12)}
+            assert len(own & set(trained)) == 12 - 2 * len(held_out)  # both of two alike are out
+            assert len(trained) > 15  # and ours are there
+            assert set(seen[side, "stated"]).isdisjoint(unseen[side, "stated"])
+            for kind in taken:
+                taken[kind] |= set(WORDS[side][kind]) - set(seen[side, kind])
+    for side in SIDES[name]:
+        assert any(WORD[side] in text for text in taken["implied"] & set(WORDS[side]["implied"]))
+        assert WORDS[side]["stated"][0] in taken["stated"]
 
 
 def test_rewording_keeps_the_side_and_the_answers(prepared):
@@ -74,7 +110,7 @@ def test_rewording_keeps_the_side_and_the_answers(prepared):
         side = row["meta"]["preference_name"]
         assert side == original["meta"]["preference_name"]
         ours = WORDS[side][row["meta"]["wording"]]
-        assert row["preference"].startswith(side + ", ") or row["preference"] in ours
+        assert row["preference"].startswith(side[:3] + ", ") or row["preference"] in ours
 
 
 @pytest.mark.parametrize(("change", "named"), [
