@@ -875,7 +875,7 @@ def generate(model, prompts, end_token, max_new_tokens, generator=None, z=None, 
                 alive.discard(i)
         if not alive:
             return answers
-        if len(alive) <= len(batch) / 2 or len(alive) < len(batch) and not captured:
+        if len(alive) <= len(batch) / 2 or (len(alive) < len(batch) and not captured):
             going = [j for j, i in enumerate(batch) if i in alive]
             batch, captured = [batch[j] for j in going], None
             chosen, cache = chosen[going], cache[:, :, going]

@@ -13,8 +13,7 @@ import real
 
 WORDS = common.load_json(Path(real.__file__).with_name("wordings.json"))
 SIDES = {"polite": ("polite", "blunt"), "concise": ("concise", "detailed")}
-
-
+# A word of some of our implied wordings of each side.
 WORD = {"polite": "bishop", "blunt": "villain", "concise": "meetings", "detailed": "committee"}
 
 
