@@ -28,6 +28,7 @@ class Options:
     data: str = ""  # folder with polite, concise and personas, each with train.jsonl and val.jsonl
     out_dir: str = "out/real"  # folder of the files
     polite_copies: int = 3  # how often a politeness pair occurs, each time in other wordings
+    concise_copies: int = 2  # the same for a pair of length
     concise_pairs: int = 1000  # how many pairs of at most concise_size characters
     concise_size: int = 2000  # prompt, preference and both answers together
     personas_pairs: int = 600  # how many pairs of statements
@@ -41,8 +42,9 @@ class Options:
     def __post_init__(self):
         common.at_least(self, 1, "prompts", "max_new_tokens")
         common.at_least(
-            self, 0, "polite_copies", "concise_pairs", "concise_size", "personas_pairs", "seed"
-        )
+            self, 0, "polite_copies", "concise_copies", "concise_pairs", "concise_size",
+            "personas_pairs", "seed",
+        )  # fmt: skip
 
 
 # Datasets in which a preference has many wordings, and its sides.
@@ -129,6 +131,12 @@ def characters(record):
     return sum(len(record[field]) for field in ("preference", "prompt", "chosen", "rejected"))
 
 
+def obeyed(record):
+    """Whether the answer that was to be concise is the shorter one; in a ninth it is not."""
+    concise = record["meta"]["preference_name"] == "concise"
+    return (len(record["chosen"]) < len(record["rejected"])) == concise
+
+
 def personas_sets(folder, rng):
     """(training pairs, {evaluation set: rows}): no held-out persona is in a training pair."""
     pairs = flips(read(folder, "personas", "train"))
@@ -151,8 +159,9 @@ def prepare(options):
     again, found = worded_sets(options.data, "concise", random.Random(seed))
     sets |= found
     pairs = [pair for pair in flips(read(options.data, "concise", "train"))
-             if max(map(characters, pair)) <= options.concise_size]
-    for pair in random.Random(seed).sample(pairs, min(options.concise_pairs, len(pairs))):
+             if max(map(characters, pair)) <= options.concise_size and all(map(obeyed, pair))]
+    pairs = random.Random(seed).sample(pairs, min(options.concise_pairs, len(pairs)))
+    for pair in pairs * options.concise_copies:
         train += map(again, pair)
     pairs, found = personas_sets(options.data, random.Random(seed))
     sets |= found

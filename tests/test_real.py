@@ -26,11 +26,15 @@ def wording(side, kind, i):
 
 
 def worded_rows(name, split):
-    """A flip for each stated and implied wording: 24 and 12 on each side, as in the real data."""
+    """A flip for each stated and implied wording: 24 and 12 on each side, as in the real data.
+
+    In two of them the first side has the longer answer.
+    """
     rows = []
     for kind, n in (("stated", 24), ("implied", 12)):
         for i in range(n):
             answers = f"short {split} {i}", f"a longer answer {split} {i}"
+            answers = answers[::-1] if i == 7 else answers
             for side, (chosen, rejected) in zip(SIDES[name], (answers, answers[::-1]), strict=True):
                 rows.append({
                     "preference": wording(side, kind, i), "prompt": f"{split} {kind} {i}",
@@ -74,7 +78,22 @@ def test_held_out_wordings_personas_and_prompts_are_not_in_training(prepared):
         if "personas" not in name:
             assert {r["prompt"] for r in train}.isdisjoint(r["prompt"] for r in rows), name
     assert shown & set(WORDS["polite"]["implied"])  # ours are in training
-    assert len(train) == 3 * 72 + 2 * 5 + 2 * 6  # six pairs of the four other persons
+    assert len(train) == 3 * 72 + 2 * 2 * 5 + 2 * 6  # six pairs of the four other persons
+
+
+def test_length_is_trained_on_pairs_of_which_the_concise_answer_is_the_shorter_one(
+    prepared, tmp_path
+):
+    options = real.Options(data=str(tmp_path), polite_copies=0, personas_pairs=0)
+    train = real.prepare(options)["train"]
+    assert len(train) == 2 * 2 * (36 - 2)
+    assert {row["prompt"] for row in train[: len(train) // 2]} == {
+        row["prompt"] for row in train[len(train) // 2 :]
+    }
+    for row in train:
+        shorter = len(row["chosen"]) < len(row["rejected"])
+        assert shorter == (row["meta"]["preference_name"] == "concise")
+    assert "val stated 7" in {row["prompt"] for row in prepared["concise-val"]}  # not held-out ones
 
 
 @pytest.mark.parametrize("name", SIDES)
