@@ -270,10 +270,9 @@ def train(options, device, precision):
     """Speed and memory of one epoch of `pairs` rows drawn from the data, reference included."""
     records = data.read_records(options.pref_data)
     rows = random.Random(0).sample(records, min(options.pairs, len(records)))
-    lines = [json.dumps({k: v for k, v in row.items() if k != "where"}) for row in rows]
     sides = {"nanoAlign": train_ours} | ({"TRL": train_trl} if options.vs else {})
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "pairs.jsonl").write_text("\n".join(lines))
+        data.save_records(Path(folder, "pairs.jsonl"), rows)
         init_from = str(hf_model.find(options.init_from).resolve())
         job = Job(folder, init_from, options.batch_size, options.lora_rank, str(device), precision)
         needed = in_process(operations, job)

@@ -1,6 +1,7 @@
 """What no reader of the algorithm needs: options, errors, devices, schedule, files of a run."""
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import hashlib
@@ -116,6 +117,9 @@ def run(main, cls):
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
             raise
         print(f"error: out of memory: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except PermissionError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -257,20 +261,23 @@ def check_folder(folder, resume, overwrite, init_from=""):
         raise UserError(f"{folder}: is in use; {way}--overwrite starts it again")
 
 
-def open_run(folder, resume, overwrite):
-    """Claim a folder for a run: True if there is a checkpoint to go on with.
+def claim(folder, resume, overwrite):
+    """Make a run's folder and lock it, as long as the process lives; nothing in it changes.
 
-    The lock is held as long as the process lives. Raises UserError when another process trains
-    there, or when `check_folder` does.
+    Raises UserError when another process trains there, or when `check_folder` does.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
         check_folder(folder, resume, overwrite)
-        for name in RUN_FILES if overwrite else ():
-            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot use this folder: {error.strerror}") from None
+
+
+def clear(folder, overwrite):
+    """Delete what --overwrite replaces: True if there is a checkpoint to go on with."""
+    for name in RUN_FILES if overwrite else ():
+        (folder / name).unlink(missing_ok=True)
     return (folder / "ckpt.pt").exists()
 
 
@@ -290,15 +297,20 @@ def lock(folder):
 
 
 def write_atomically(path, write):
-    """Call write(temporary path), then rename, so that `path` is either old or whole."""
+    """Call write(temporary path), then rename, so that `path` is either old or whole.
+
+    Its folder is made where it is missing.
+    """
     if distributed.RANK:
         return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: cannot write: {reason}") from None
 
@@ -458,8 +470,8 @@ def run_hash(config, examples, *more):
 
 
 def start_run(folder, options, config, run_hash, model, optimizer, scaler):
-    """Claim the folder, resume or write config.json: the number of steps that are done."""
-    if on_first(open_run, folder, options.resume, options.overwrite):
+    """In a folder that is claimed, resume or write config.json: how many steps are done."""
+    if on_first(clear, folder, options.overwrite):
         return restore_checkpoint(folder, run_hash, model, optimizer, scaler)
     save_json(folder / "config.json", config | provenance())
     return 0

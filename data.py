@@ -213,6 +213,13 @@ def read_records(names):
     return [record for _, records in read_preferences(names) for record in records]
 
 
+def save_records(path, records):
+    """Write records as a file that `read_preferences` reads."""
+    rows = [{k: v for k, v in record.items() if k != "where"} for record in records]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
 ASPECTS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 RECORD_FIELDS = {*META_PROMPT, "prompt", "chosen", "rejected", "label_prob", "user", "meta"}
 

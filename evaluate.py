@@ -130,10 +130,6 @@ def reference_logps(model, weights, examples, micro_tokens, progress=""):
     mine = pair_logps_once(model, mine, micro_tokens, progress) if mine else found[:0]
     for rank, part in enumerate(distributed.gather(mine)):
         found[rank :: distributed.WORLD] = part
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path.parent}: {error.strerror}") from None
     common.save_tensors(path, found)
     return found
 
@@ -237,7 +233,7 @@ def mean_and_interval(rows, right, records, rng):
     """
     keys = {}
     queries = [json.dumps(records[i].get("user", records[i]["prompt"])) for i in rows]
-    if "user" not in records[0] and len(set(queries)) < 20:
+    if not any("user" in record for record in records) and len(set(queries)) < 20:
         queries = [pair_key(records[i]) for i in rows]
     cluster = np.array([keys.setdefault(query, len(keys)) for query in queries])
     sums = np.bincount(cluster, weights=right, minlength=len(keys))
@@ -444,7 +440,7 @@ def load_reference(options, policy, tokenizer, config, device, dtype):
             raise UserError(f"{error}; give --reference") from None
     reference, its_tokenizer = load_checkpoint(folder, device, dtype)
     if its_tokenizer.describe() != tokenizer.describe():
-        raise UserError(f"--reference {folder}: has another tokenizer than {options.ckpt}")
+        raise UserError(f"{folder}: has another tokenizer than {options.ckpt}")
     return reference, folder
 
 
@@ -464,19 +460,23 @@ def main(options):
     if config.get("stage") == "np-btl":
         if options.reference:
             raise UserError(f"--reference: {ckpt} is a reward model, which has none")
-        results = evaluate_rewards(*load_reward_model(ckpt, config, device), load_datasets(options))
+        model, features = load_reward_model(ckpt, config, device)
+        features.micro_tokens = options.micro_tokens
+        results = evaluate_rewards(model, features, load_datasets(options))
         print_table(results)
         save_report(ckpt, results, "none: rewards are compared as they are", "fp32")
         return
     policy, tokenizer = load_checkpoint(ckpt, device, dtype)
+    if policy.features:
+        policy.features.micro_tokens = options.micro_tokens
     reference, folder = load_reference(options, policy, tokenizer, config, device, dtype)
     datasets = load_datasets(options)
     policy, reference = for_inference(policy), for_inference(reference)
     with common.autocast(device, precision):
-        [results] = evaluate(
+        results = evaluate(
             {"policy": policy}, reference, weights_hash(folder), tokenizer, datasets,
             options.micro_tokens, options.max_new_tokens,
-        ).values()  # fmt: skip
+        )["policy"]  # fmt: skip
     print_table(results)
     save_report(ckpt, results, folder, precision)
 

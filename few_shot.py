@@ -175,7 +175,7 @@ def context_tensors(features, contexts):
 def latents(model, records, features=None):
     """z of records, from their `examples`: (B, n_latent).
 
-    features: how the encoder sees an answer, a `Features`; default: the model's own.
+    features: how the encoder sees choices, such as a `Features`; default: the model's own.
     """
     contexts = [record.get("examples", []) for record in records]
     return model.encoder(*context_tensors(features or model.features, contexts))[0]

@@ -6,7 +6,6 @@ Training has the choices of some people between statements of group a; tested ar
 statements of group b that no training row has, with their choices from group a or b as context.
 """
 
-import json
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -315,14 +314,9 @@ def main(options):
                         "NP-BTL": summary(mean, files["test"]),
                         "NP-BTL, each run": [summary(run, files["test"]) for run in runs]}
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out_dir {out}: {error.strerror}") from None
     for name, rows in files.items():
-        lines = [json.dumps({k: v for k, v in row.items() if k != "where"}) for row in rows]
-        text, path = "\n".join(lines) + "\n", out / f"{name}.jsonl"
-        common.write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+        path = out / f"{name}.jsonl"
+        data.save_records(path, rows)
         print(f"{path}: {len(rows)} choices of {len({row['user'] for row in rows})} people")
     common.save_json(out / "baselines.json", report | common.provenance())
 

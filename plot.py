@@ -48,6 +48,8 @@ def read_evaluations(path):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a log of whole lines: {error}") from None
     evaluations = [line for line in lines if "eval" in line]
     if not evaluations:
         raise UserError(f"{path}: no evaluation in this log")
@@ -75,8 +77,8 @@ def read_groups(groups):
     runs = {}
     for group in groups:
         name, _, folders = group.partition("=")
-        if not folders:
-            raise UserError(f"{group}: must be NAME=DIR[,DIR...]")
+        if not folders or name in runs:
+            raise UserError(f"{group}: must be NAME=DIR[,DIR...], each NAME once")
         runs[name] = [read_results(Path(folder) / "eval.json") for folder in folders.split(",")]
     return runs
 
@@ -142,8 +144,8 @@ def draw_prefix(plt, path):
     except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not what bench.py prefix prints: {error}") from None
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
-    for (side, found), style in zip(sides.items(), ("-", "--"), strict=False):
-        for i, (n, seconds) in enumerate(found.items()):
+    for (side, by_answers), style in zip(sides.items(), ("-", "--"), strict=False):
+        for i, (n, seconds) in enumerate(by_answers.items()):
             axes.plot(sizes, seconds, style, color=f"C{i}", marker="o", markersize=3,
                       label=f"{side}, {n} answer{'s' * (n != '1')}")  # fmt: skip
     axes.set(xlabel="tokens of the shared prefix", ylabel="seconds, forward and backward pass",
@@ -247,7 +249,8 @@ def draw_latent(plt, folder):
     wanted = records[of[1][0]]["meta"]["values"]
     shares = continuum(model, tokenizer, asked, z[of[0]].mean(0), z[of[1]].mean(0), wanted)
     for axis, found in shares.items():
-        grid.flat[-1].plot([i / 8 for i in range(9)], [100 * x for x in found], label=wanted[axis])
+        way = torch.linspace(0, 1, len(found)).tolist()
+        grid.flat[-1].plot(way, [100 * x for x in found], label=wanted[axis])
     grid.flat[-1].set(title="from one user to the opposite one", xlabel="part of the way",
                       ylabel="% of answers", ylim=(-3, 103))  # fmt: skip
     grid.flat[-1].legend(fontsize=8)

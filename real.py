@@ -6,6 +6,7 @@
 Some wordings and personas never enter training, so that following unseen ones can be measured.
 """
 
+import itertools
 import json
 import random
 import re
@@ -27,7 +28,7 @@ class Options:
 
     data: str = ""  # folder with polite, concise and personas, each with train.jsonl and val.jsonl
     out_dir: str = "out/real"  # folder of the files
-    polite_copies: int = 3  # how often a politeness pair occurs, each time in other wordings
+    polite_copies: int = 3  # how often a politeness pair occurs, in wordings drawn anew
     concise_copies: int = 2  # the same for a pair of length
     concise_pairs: int = 1000  # how many pairs of at most concise_size characters
     concise_size: int = 2000  # prompt, preference and both answers together
@@ -72,7 +73,7 @@ def read(folder, name, split):
                 if meta[field] not in known:
                     raise UserError(f"{record['where']}: field 'meta.{field}': must be "
                                     f"{' or '.join(known)}")
-    return [{k: v for k, v in record.items() if k != "where"} for record in records]
+    return records
 
 
 def flips(records):
@@ -119,6 +120,9 @@ def reworded(record, texts, kind, rng):
 def worded_sets(folder, name, rng):
     """(function that rewords a training row, {evaluation set: rows}) of polite or concise."""
     seen, unseen = wordings(read(folder, name, "train"), rng)
+    for side, kind in itertools.product(WORDED[name], HELD_OUT):
+        if (side, kind) not in seen:
+            raise UserError(f"{folder}/{name}/train.jsonl: no {kind} wording of {side}")
     held_out = read(folder, name, "val")
     sets = {f"{name}-val": held_out}
     for kind in HELD_OUT:
@@ -141,7 +145,11 @@ def personas_sets(folder, rng):
     """(training pairs, {evaluation set: rows}): no held-out persona is in a training pair."""
     pairs = flips(read(folder, "personas", "train"))
     names = [{record["meta"]["preference_name"] for record in pair} for pair in pairs]
-    held_out = set(rng.sample(sorted(set().union(*names)), HELD_OUT_PERSONAS))
+    everyone = sorted(set().union(*names))
+    if len(everyone) < HELD_OUT_PERSONAS:
+        raise UserError(f"{folder}/personas/train.jsonl: {len(everyone)} personas in flips, "
+                        f"{HELD_OUT_PERSONAS} are held out")
+    held_out = set(rng.sample(everyone, HELD_OUT_PERSONAS))
     train = [pair for pair, who in zip(pairs, names, strict=True) if not who & held_out]
     unseen = [pair for pair, who in zip(pairs, names, strict=True) if who <= held_out]
     sets = {"personas-val": read(folder, "personas", "val"),
@@ -154,8 +162,7 @@ def prepare(options):
     seed, train, sets = options.seed, [], {}
     again, found = worded_sets(options.data, "polite", random.Random(seed))
     sets |= found
-    for _ in range(options.polite_copies):
-        train += [again(record) for record in read(options.data, "polite", "train")]
+    train += map(again, read(options.data, "polite", "train") * options.polite_copies)
     again, found = worded_sets(options.data, "concise", random.Random(seed))
     sets |= found
     pairs = [pair for pair in flips(read(options.data, "concise", "train"))
@@ -204,7 +211,8 @@ ASKED = {"concise": ("Be concise.", "Be detailed."), "polite": ("Please be polit
 
 def first_prompts(records, n):
     """The first n different prompts, in the order of the file."""
-    return list(dict.fromkeys(record["prompt"] for record in records))[:n]
+    prompts = {json.dumps(record["prompt"]): record["prompt"] for record in records}
+    return list(prompts.values())[:n]
 
 
 def answer_both_ways(options):
@@ -238,15 +246,9 @@ def main(options):
     if not options.data:
         raise UserError("--data or --ckpt is required")
     files = prepare(options)
-    folder = Path(options.out_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out_dir {folder}: {error.strerror}") from None
     for name, records in files.items():
-        content = "".join(json.dumps(record) + "\n" for record in records).encode()
-        path = folder / f"{name}.jsonl"
-        common.write_atomically(path, lambda temporary, c=content: temporary.write_bytes(c))
+        path = Path(options.out_dir) / f"{name}.jsonl"
+        data.save_records(path, records)
         print(f"wrote {path}: {len(records)} rows")
     print_length_rule({name: rows for name, rows in files.items() if name != "train"})
 

@@ -237,7 +237,8 @@ def on_files(options, folder, device):
                   "n_hidden": options.n_hidden, "n_layer": options.n_layer},
         "tokenizer": tokenizer.describe(), "reference": start_of(options.init_from, folder),
     }  # fmt: skip
-    common.open_run(folder, None, options.overwrite)
+    common.claim(folder, None, options.overwrite)
+    common.clear(folder, options.overwrite)
     common.save_json(folder / "config.json", config | common.provenance())
     log = common.Log(folder, 0)
     model = train_on_users(options, users, options.seed, device, log)
@@ -255,7 +256,8 @@ def main(options):
     start = time.perf_counter()
     common.check_folder(folder, None, options.overwrite, options.init_from)
     if options.pref_data == "synthetic":
-        common.open_run(folder, None, options.overwrite)
+        common.claim(folder, None, options.overwrite)
+        common.clear(folder, options.overwrite)
         synthetic(options, folder, device)
     else:
         on_files(options, folder, device)

@@ -172,6 +172,8 @@ def first_stage(options, folder):
             data="world" if in_world else options.pref_data,
             tokenizer="world" if in_world else "gpt2",
             out_dir=str(folder), resume=(folder / "config.json").exists(),
+            micro_tokens=options.micro_tokens, fsdp=options.fsdp,
+            activation_checkpointing=options.activation_checkpointing,
             device=options.device, precision=options.precision,
         ))  # fmt: skip
 
@@ -185,12 +187,35 @@ def main(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
     torch.manual_seed(options.seed)
-    init_from = options.init_from or ("out/sft" if in_world else f"{options.out_dir}-sft")
+    init_from = options.init_from or ("out/sft" if in_world else f"{folder}-sft")
     common.on_first(
         common.check_folder, folder, options.resume, options.overwrite, init_from
     )
 
-    # 2. Models and tokenizer: the policy starts as the reference.
+    # 2. Data.
+    if in_world:
+        records = world.DATA[options.pref_data][0]()
+    else:
+        records = data.read_records(options.pref_data)
+    eval_data = options.eval_data or (options.pref_data if in_world else "")
+    held_out = evaluate.load_preferences(eval_data) if eval_data else []
+    if options.blank_meta_prompt:
+        records = [data.without_meta_prompt(record) for record in records]
+    order = common.DataOrder(
+        evaluate.flip_groups(records),
+        options.batch_size, options.epochs, options.max_steps, options.seed,
+    )  # fmt: skip
+    if options.context:  # drawn anew each time that a row is taken
+        records = few_shot.with_random_contexts(
+            records, order.rows, options.context, options.seed
+        )
+        order.rows = list(range(len(records)))
+        held_out = evaluate.add_contexts(held_out, [options.context])
+    choices = [record.get("examples") for record in records] if options.latent else []
+    if options.latent and not any(choices):
+        raise UserError("--latent: no row has choices to read; --context takes them from others")
+
+    # 3. Models and tokenizer: the policy starts as the reference.
     if not options.init_from:
         first_stage(options, Path(init_from))
     frozen = common.PRECISIONS[precision]
@@ -210,26 +235,6 @@ def main(options):
     policy.checkpointing = options.activation_checkpointing
     spread = distributed.spread(policy, options.fsdp)
     block_size = min(options.block_size or policy.config.block_size, policy.config.block_size)
-
-    # 3. Data.
-    if in_world:
-        records = world.DATA[options.pref_data][0]()
-    else:
-        records = data.read_records(options.pref_data)
-    eval_data = options.eval_data or (options.pref_data if in_world else "")
-    held_out = evaluate.load_preferences(eval_data) if eval_data else []
-    if options.blank_meta_prompt:
-        records = [data.without_meta_prompt(record) for record in records]
-    order = common.DataOrder(
-        evaluate.flip_groups(records),
-        options.batch_size, options.epochs, options.max_steps, options.seed,
-    )  # fmt: skip
-    if options.context:  # drawn anew each time that a row is taken
-        records = few_shot.with_random_contexts(
-            records, order.rows, options.context, options.seed
-        )
-        order.rows = list(range(len(records)))
-        held_out = evaluate.add_contexts(held_out, [options.context])
     examples = data.encode_all(
         [few_shot.without_examples(r) for r in records] if options.latent else records,
         tokenizer, block_size, options.pref_data,
@@ -237,24 +242,15 @@ def main(options):
     e = options.label_smoothing
     label_probs = torch.tensor([r.get("label_prob", 1.0) for r in records])
     label_probs = (1 - e) * label_probs + e * (1 - label_probs)
-
-    # 4. Optimizer, and the folder of the run.
-    optimizer = common.adamw(policy, options.learning_rate, options.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     config = {
         "stage": "dpo", "options": dataclasses.asdict(options), "precision": precision,
         "model": dataclasses.asdict(policy.config), "tokenizer": tokenizer.describe(),
         "reference": start_of(init_from, folder),
     }  # fmt: skip
-    choices = [record.get("examples") for record in records] if options.latent else []
-    if options.latent and not any(choices):
-        raise UserError("--latent: no row has choices to read; --context takes them from others")
-    run_hash = common.run_hash(config, examples, label_probs.tolist(), choices)
-    first_step = common.start_run(folder, options, config, run_hash, policy, optimizer, scaler)
-    tokenizer.save(folder)
-    log = common.Log(folder, first_step)
 
-    # 5. Reference log-probabilities of every pair that the run will see.
+    # 4. Reference log-probabilities of every pair that the run will see. What can fail comes before
+    # anything in the folder is replaced.
+    common.on_first(common.claim, folder, options.resume, options.overwrite)
     with common.autocast(device, precision):
         rows = sorted(set(order.rows))
         reference_all = torch.full((len(examples), 2), torch.nan)
@@ -269,10 +265,17 @@ def main(options):
         if options.latent:
             policy.features.read([choice for r in records for choice in r.get("examples", ())])
             policy.features.read(list(map(few_shot.choice, records)))
-            if not first_step:
-                policy.encoder.standardize(policy.features.table)
+            policy.encoder.standardize(policy.features.table)  # a resumed run brings its own
     if not held_out and not options.latent:
         del reference  # nothing asks it again
+
+    # 5. Optimizer, and the folder of the run.
+    optimizer = common.adamw(policy, options.learning_rate, options.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    run_hash = common.run_hash(config, examples, label_probs.tolist(), choices)
+    first_step = common.start_run(folder, options, config, run_hash, policy, optimizer, scaler)
+    tokenizer.save(folder)
+    log = common.Log(folder, first_step)
 
     # 6. Loop; the last round only evaluates and saves.
     bar = common.progress_bar(order, first_step, "dpo")

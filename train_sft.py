@@ -73,7 +73,7 @@ def new_model(options, vocab_size):
     """A transformer from scratch; raises UserError when the sizes do not go together."""
     if options.n_embd % (2 * options.n_head) or options.n_head % options.n_kv_head:
         raise UserError("--n_embd must be a multiple of 2 * n_head, and n_head of n_kv_head")
-    n_hidden = 32 * round(options.n_embd * 8 / 3 / 32)
+    n_hidden = 32 * max(1, round(options.n_embd * 8 / 3 / 32))
     config = ModelConfig(vocab_size, options.block_size or 512, options.n_layer, options.n_head,
                          options.n_kv_head, options.n_embd, n_hidden)
     return Transformer(config).initialize(torch.Generator().manual_seed(options.seed))
@@ -134,6 +134,7 @@ def main(options):
     if init_from:
         config["reference"] = start_of(init_from, folder)
     run_hash = common.run_hash(config, examples)
+    common.on_first(common.claim, folder, options.resume, options.overwrite)
     first_step = common.start_run(folder, options, config, run_hash, model, optimizer, scaler)
     tokenizer.save(folder)
     log = common.Log(folder, first_step)

@@ -574,6 +574,9 @@ def test_folder_of_a_finished_run(command, refused, sft, dpo, write_rows, tmp_pa
     bad = write_rows("bad.jsonl", "{")
     name = "--data" if script is train_sft else "--pref_data"
     refused(script, *arguments, "--out_dir", out, "--overwrite", name, bad)
+    if script is train_dpo:
+        long = write_rows("long.jsonl", PAIR | {"preference": "x" * 300})
+        refused(script, *arguments, "--out_dir", out, "--overwrite", "--eval_data", long)
     assert command(script, *arguments, "--out_dir", out, "--overwrite")[0] == 0
 
 
@@ -621,6 +624,34 @@ def test_cache_that_cannot_be_written(command, dpo, tmp_path):
     (tmp_path / "out").write_text("mine")
     status, _, err = command(train_dpo, *dpo, "--out_dir", tmp_path / "run")
     assert status == 2 and err.splitlines()[-1].startswith("error: out/cache")
+
+
+def test_folder_that_one_may_not_enter(refused, dpo, tmp_path, monkeypatch):
+    """As a user who is not root would see it."""
+    def is_dir(path, true=Path.is_dir):
+        if path.name == "shut":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return true(path)
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    assert "shut: Permission denied" in refused(train_dpo, *dpo, "--out_dir", tmp_path / "shut")
+
+
+def test_first_stage_lies_beside_the_folder_of_the_run(monkeypatch, write_rows, tmp_path):
+    class Begun(Exception):
+        pass
+
+    def begin(options):
+        assert options.micro_tokens == 77 and options.activation_checkpointing
+        raise Begun(options.out_dir)
+
+    monkeypatch.setattr(train_sft, "main", begin)
+    rows = str(write_rows("pairs.jsonl", PAIR))
+    with pytest.raises(Begun, match=f"{tmp_path}/mine-sft$"):
+        train_dpo.main(train_dpo.Options(
+            pref_data=rows, out_dir=f"{tmp_path}/mine/", device="cpu", micro_tokens=77,
+            activation_checkpointing=True,
+        ))  # fmt: skip
 
 
 def test_folder_locked_by_another_process(refused, sft, tmp_path):

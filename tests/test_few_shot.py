@@ -331,13 +331,14 @@ def test_kl_divergence_is_that_of_torch():
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_a_reward_model_of_files_is_evaluated_like_the_others(users, command):
+def test_a_reward_model_of_files_is_evaluated_like_the_others(users, command, monkeypatch):
     run_btl = ("--pref_data", "users.jsonl", "--init_from", "tiny", "--out_dir", "out/r",
                "--device", "cpu", "--steps", "150", "--context", "3", "--targets", "3")
     status, _, err = command(train_btl, *run_btl)
     assert status == 0, err
-    status, out, err = command(evaluate, "--ckpt", "out/r", "--pref_data", "users.jsonl",
-                               "--context", "0", "3")  # fmt: skip
+    read = few_shot.Features.read
+    asked = ("--ckpt", "out/r", "--pref_data", "users.jsonl", "--context", "0", "3")
+    status, out, err = command(evaluate, *asked)
     assert status == 0, err
     results = json.loads(Path("out/r/eval.json").read_text())["results"]
     [few] = [v for k, v in results.items() if k.endswith("N=3")]
@@ -349,6 +350,11 @@ def test_a_reward_model_of_files_is_evaluated_like_the_others(users, command):
     Path("out/started/log.jsonl").write_text("")
     status, _, err = command(train_btl, *run_btl[:4], "--out_dir", "out/started")
     assert status == 2 and "is in use" in err and "--resume" not in err
+    sizes = []
+    monkeypatch.setattr(few_shot.Features, "read", lambda self, choices: sizes.append(
+        self.micro_tokens) or read(self, choices))
+    assert command(evaluate, *asked, "--micro_tokens", "99")[0] == 0
+    assert set(sizes) == {99}
     for arguments, named in ((run_btl, "--overwrite"), (run_btl[:2], "--out_dir"),
                              (run_btl[2:4], "--init_from"),
                              ((*run_btl[:2], "--out_dir", "out/q"), "--init_from"),

@@ -73,6 +73,10 @@ def test_figure_from_a_log(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     figure = tmp_path / "made/figure.png"
     plot.main(plot.Options(run=str(tmp_path), figure=str(figure)))
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step"')  # a killed run's last line
+    with pytest.raises(common.UserError, match=r"log\.jsonl: not a log"):
+        plot.main(plot.Options(run=str(tmp_path), figure=str(figure)))
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 

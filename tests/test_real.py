@@ -146,6 +146,27 @@ def test_a_row_that_cannot_be_worded_is_named(tmp_path, change, named):
         real.read(tmp_path, "polite", "train")
 
 
+def test_data_that_is_too_little_is_named(prepared, tmp_path):
+    def cut(name, keep):
+        path = tmp_path / name / "train.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows if keep(row["meta"])))
+
+    options = real.Options(data=str(tmp_path))
+    cut("personas", lambda meta: meta["preference_name"] < "person-4")
+    with pytest.raises(common.UserError, match="personas/train.jsonl: 4 personas in flips, 6"):
+        real.prepare(options)
+    cut("polite", lambda meta: meta != {**meta, "preference_name": "blunt", "wording": "implied"})
+    with pytest.raises(common.UserError, match="no implied wording of blunt"):
+        real.prepare(options)
+
+
+def test_first_prompts_may_be_turns():
+    turns = [{"role": "user", "content": "Tea?"}]
+    records = [{"prompt": prompt} for prompt in (turns, "a", turns, "b")]
+    assert real.first_prompts(records, 2) == [turns, "a"]
+
+
 def test_our_wordings_stand_on_one_side_only():
     texts = [text for side in WORDS.values() for kind in side.values() for text in kind]
     assert len(texts) == len(set(texts))
