@@ -136,6 +136,8 @@ def on_first(function, *arguments):
             found = function(*arguments)
         except UserError as trouble:
             error = trouble
+        except OSError as trouble:
+            error = UserError(f"{trouble.filename}: {trouble.strerror}")
     found, failed = distributed.gather((found, error is not None))[0]
     if failed:
         raise error or SystemExit(2)
@@ -276,8 +278,11 @@ def claim(folder, resume, overwrite):
 
 def clear(folder, overwrite):
     """Delete what --overwrite replaces: True if there is a checkpoint to go on with."""
-    for name in RUN_FILES if overwrite else ():
-        (folder / name).unlink(missing_ok=True)
+    try:
+        for name in RUN_FILES if overwrite else ():
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot use this folder: {error.strerror}") from None
     return (folder / "ckpt.pt").exists()
 
 
@@ -441,8 +446,8 @@ def optimizer_state(optimizer, change, state=None):
     return state | {"state": moments}
 
 
-def restore_checkpoint(folder, run_hash, model, optimizer, scaler):
-    """Restore what `save_checkpoint` wrote: the number of steps done.
+def read_checkpoint(folder, run_hash):
+    """What `save_checkpoint` wrote.
 
     Raises UserError when the file is broken or was written under other options or data.
     """
@@ -450,12 +455,22 @@ def restore_checkpoint(folder, run_hash, model, optimizer, scaler):
     state = load_tensors(path)
     if not isinstance(state, dict) or state.get("run") != run_hash:
         raise UserError(f"{path}: cannot resume: options, data or starting model have changed")
+    return state
+
+
+def restore_checkpoint(folder, run_hash, model, optimizer, scaler):
+    """Restore what `save_checkpoint` wrote: the number of steps done.
+
+    Raises UserError as `read_checkpoint` does, or when it is of another model.
+    """
+    state = read_checkpoint(folder, run_hash)
     try:
         load_trained(model, state["model"])
         optimizer.load_state_dict(optimizer_state(optimizer, part_of, state["optimizer"]))
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random_state"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        path = folder / "ckpt.pt"
         raise UserError(f"{path}: truncated or of another model: {error}") from None
     return state["step"]
 

@@ -30,7 +30,7 @@ class Options:
     out_dir: str = "out/real"  # folder of the files
     polite_copies: int = 3  # how often a politeness pair occurs, in wordings drawn anew
     concise_copies: int = 2  # the same for a pair of length
-    concise_pairs: int = 1000  # how many pairs of at most concise_size characters
+    concise_pairs: int = 1000  # how many pairs of length of at most concise_size characters
     concise_size: int = 2000  # prompt, preference and both answers together
     personas_pairs: int = 600  # how many pairs of statements
     seed: int = 0  # of what is held out and drawn
@@ -136,7 +136,7 @@ def characters(record):
 
 
 def obeyed(record):
-    """Whether the answer that was to be concise is the shorter one; in a ninth it is not."""
+    """Whether the shorter answer goes with "concise"; in a ninth of the pairs it does not."""
     concise = record["meta"]["preference_name"] == "concise"
     return (len(record["chosen"]) < len(record["rejected"])) == concise
 

@@ -215,7 +215,7 @@ def main(options):
     if options.latent and not any(choices):
         raise UserError("--latent: no row has choices to read; --context takes them from others")
 
-    # 3. Models and tokenizer: the policy starts as the reference.
+    # 3. Models and tokenizer: the policy starts as the reference. Rows become trees of tokens.
     if not options.init_from:
         first_stage(options, Path(init_from))
     frozen = common.PRECISIONS[precision]
@@ -247,10 +247,13 @@ def main(options):
         "model": dataclasses.asdict(policy.config), "tokenizer": tokenizer.describe(),
         "reference": start_of(init_from, folder),
     }  # fmt: skip
+    run_hash = common.run_hash(config, examples, label_probs.tolist(), choices)
 
-    # 4. Reference log-probabilities of every pair that the run will see. What can fail comes before
-    # anything in the folder is replaced.
+    # 4. Reference log-probabilities of every pair that the run will see; before --overwrite deletes
+    # the old run, so that what fails here leaves it whole.
     common.on_first(common.claim, folder, options.resume, options.overwrite)
+    if options.resume and (folder / "ckpt.pt").exists():
+        common.read_checkpoint(folder, run_hash)  # refused before the reference runs
     with common.autocast(device, precision):
         rows = sorted(set(order.rows))
         reference_all = torch.full((len(examples), 2), torch.nan)
@@ -272,7 +275,6 @@ def main(options):
     # 5. Optimizer, and the folder of the run.
     optimizer = common.adamw(policy, options.learning_rate, options.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    run_hash = common.run_hash(config, examples, label_probs.tolist(), choices)
     first_step = common.start_run(folder, options, config, run_hash, policy, optimizer, scaler)
     tokenizer.save(folder)
     log = common.Log(folder, first_step)

@@ -92,22 +92,7 @@ def main(options):
         common.check_folder, folder, options.resume, options.overwrite, init_from
     )
 
-    # 2. Model and tokenizer.
-    if not init_from:
-        if options.lora_rank:
-            raise UserError("--lora_rank needs a model to start from: --init_from")
-        tokenizer = data.load_tokenizer(options.tokenizer)
-        model = new_model(options, tokenizer.vocab_size).to(device)
-    else:
-        frozen = common.PRECISIONS[precision] if options.lora_rank else torch.float32
-        model, tokenizer = load_start(init_from, device, frozen)
-        adapt(model, options.lora_rank, options.seed)
-    model.train()
-    model.checkpointing = options.activation_checkpointing
-    spread = distributed.spread(model, options.fsdp)
-    block_size = min(options.block_size or model.config.block_size, model.config.block_size)
-
-    # 3. Data.
+    # 2. Data.
     if options.data in world.SFT_DATA:
         records = world.SFT_DATA[options.data]()
     else:
@@ -122,6 +107,21 @@ def main(options):
         )
         order.rows = list(range(len(records)))
     records = [data.chosen_as_response(record) for record in records]
+
+    # 3. Model and tokenizer. Rows become trees of tokens.
+    if not init_from:
+        if options.lora_rank:
+            raise UserError("--lora_rank needs a model to start from: --init_from")
+        tokenizer = data.load_tokenizer(options.tokenizer)
+        model = new_model(options, tokenizer.vocab_size).to(device)
+    else:
+        frozen = common.PRECISIONS[precision] if options.lora_rank else torch.float32
+        model, tokenizer = load_start(init_from, device, frozen)
+        adapt(model, options.lora_rank, options.seed)
+    model.train()
+    model.checkpointing = options.activation_checkpointing
+    spread = distributed.spread(model, options.fsdp)
+    block_size = min(options.block_size or model.config.block_size, model.config.block_size)
     examples = data.encode_all(records, tokenizer, block_size, options.data)
 
     # 4. Optimizer, and the folder of the run.

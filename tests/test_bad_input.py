@@ -642,7 +642,7 @@ def test_first_stage_lies_beside_the_folder_of_the_run(monkeypatch, write_rows, 
         pass
 
     def begin(options):
-        assert options.micro_tokens == 77 and options.activation_checkpointing
+        assert options.micro_tokens == 77 and options.fsdp and options.activation_checkpointing
         raise Begun(options.out_dir)
 
     monkeypatch.setattr(train_sft, "main", begin)
@@ -650,7 +650,7 @@ def test_first_stage_lies_beside_the_folder_of_the_run(monkeypatch, write_rows, 
     with pytest.raises(Begun, match=f"{tmp_path}/mine-sft$"):
         train_dpo.main(train_dpo.Options(
             pref_data=rows, out_dir=f"{tmp_path}/mine/", device="cpu", micro_tokens=77,
-            activation_checkpointing=True,
+            activation_checkpointing=True, fsdp=True,
         ))  # fmt: skip
 
 

@@ -336,7 +336,6 @@ def test_a_reward_model_of_files_is_evaluated_like_the_others(users, command, mo
                "--device", "cpu", "--steps", "150", "--context", "3", "--targets", "3")
     status, _, err = command(train_btl, *run_btl)
     assert status == 0, err
-    read = few_shot.Features.read
     asked = ("--ckpt", "out/r", "--pref_data", "users.jsonl", "--context", "0", "3")
     status, out, err = command(evaluate, *asked)
     assert status == 0, err
@@ -350,7 +349,7 @@ def test_a_reward_model_of_files_is_evaluated_like_the_others(users, command, mo
     Path("out/started/log.jsonl").write_text("")
     status, _, err = command(train_btl, *run_btl[:4], "--out_dir", "out/started")
     assert status == 2 and "is in use" in err and "--resume" not in err
-    sizes = []
+    sizes, read = [], few_shot.Features.read
     monkeypatch.setattr(few_shot.Features, "read", lambda self, choices: sizes.append(
         self.micro_tokens) or read(self, choices))
     assert command(evaluate, *asked, "--micro_tokens", "99")[0] == 0
@@ -412,6 +411,15 @@ def test_np_dpo_learns_resumes_and_loads(users, how, write_rows):
     [none] = json.loads(Path("out/whole/eval.json").read_text())["results"].values()
     assert found == after and found["accuracy"] > 0.9 and found["flip_accuracy"] > 0.8
     assert none["flip_accuracy"] == 0 and found["accuracy_no_preference"] == 0.5
+
+
+def test_evaluation_reads_choices_in_parts_of_micro_tokens(users, monkeypatch):
+    dpo("out/a", **LATENT | {"max_steps": 1})
+    sizes, read = [], few_shot.Features.read
+    monkeypatch.setattr(few_shot.Features, "read", lambda self, choices: sizes.append(
+        self.micro_tokens) or read(self, choices))
+    run(evaluate, ckpt="out/a", pref_data="users.jsonl", context=4, micro_tokens=99)
+    assert set(sizes) == {99}
 
 
 def test_the_weight_of_what_z_alone_is_to_learn(users):

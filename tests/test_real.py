@@ -87,13 +87,13 @@ def test_length_is_trained_on_pairs_of_which_the_concise_answer_is_the_shorter_o
     options = real.Options(data=str(tmp_path), polite_copies=0, personas_pairs=0)
     train = real.prepare(options)["train"]
     assert len(train) == 2 * 2 * (36 - 2)
-    assert {row["prompt"] for row in train[: len(train) // 2]} == {
-        row["prompt"] for row in train[len(train) // 2 :]
-    }
+    first, again = train[: len(train) // 2], train[len(train) // 2 :]
+    assert [row["prompt"] for row in first] == [row["prompt"] for row in again]
+    assert [row["preference"] for row in first] != [row["preference"] for row in again]
     for row in train:
         shorter = len(row["chosen"]) < len(row["rejected"])
         assert shorter == (row["meta"]["preference_name"] == "concise")
-    assert "val stated 7" in {row["prompt"] for row in prepared["concise-val"]}  # not held-out ones
+    assert "val stated 7" in {row["prompt"] for row in prepared["concise-val"]}
 
 
 @pytest.mark.parametrize("name", SIDES)
