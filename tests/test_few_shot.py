@@ -622,8 +622,8 @@ def test_the_figure_of_choices_has_mean_and_spread_of_runs(workplace, command):
                              "--metrics", "accuracy", "generated_axes_right")  # fmt: skip
     assert status == 0, err
     assert Path("choices.png").read_bytes().startswith(b"\x89PNG")
-    for wrong in ("x=none", "x=odd", "x=two", "x=a,two", "a"):
-        status, _, err = command(plot, "--choices", wrong, "--metrics", "accuracy")
+    for wrong in (("x=none",), ("x=odd",), ("x=two",), ("x=a,two",), ("a",), ("x=a", "x=b")):
+        status, _, err = command(plot, "--choices", *wrong, "--metrics", "accuracy")
         assert status == 2 and len(err.splitlines()) == 1, err
     assert not Path("assets").exists()
 

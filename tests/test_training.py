@@ -19,6 +19,7 @@ import data
 import evaluate
 import sample
 import train_dpo
+import train_sft
 import world
 from common import UserError
 from model import ModelConfig, Transformer, pack
@@ -137,6 +138,11 @@ def test_sft_loss_is_the_mean_over_all_learned_tokens(name, byte_tokenizer):
             outputs = fresh(pack([(trunk + learned, [])]))[len(trunk) - 1 : -1]
             logps += fresh.logits(outputs).log_softmax(-1)[range(len(learned)), learned].tolist()
     assert read_log("out/a")[0]["loss"] == pytest.approx(-sum(logps) / len(logps), abs=1e-5)
+
+
+def test_the_smallest_model_has_a_hidden_layer():
+    options = train_sft.Options(n_embd=4, n_head=2, n_kv_head=2, n_layer=1)
+    assert train_sft.new_model(options, 10).config.n_hidden == 32
 
 
 # ---------------------------------------------------------------- tokens that are run
