@@ -634,7 +634,9 @@ def test_folder_that_one_may_not_enter(refused, dpo, tmp_path, monkeypatch):
         return true(path)
 
     monkeypatch.setattr(Path, "is_dir", is_dir)
-    assert "shut: Permission denied" in refused(train_dpo, *dpo, "--out_dir", tmp_path / "shut")
+    shut = tmp_path / "shut"
+    assert "shut: Permission denied" in refused(train_dpo, *dpo, "--out_dir", shut)
+    assert "shut: Permission denied" in refused(sample, "--ckpt", shut, "--prompt", "Tea?")
 
 
 def test_first_stage_lies_beside_the_folder_of_the_run(monkeypatch, write_rows, tmp_path):

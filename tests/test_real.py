@@ -96,6 +96,18 @@ def test_length_is_trained_on_pairs_of_which_the_concise_answer_is_the_shorter_o
     assert "val stated 7" in {row["prompt"] for row in prepared["concise-val"]}
 
 
+def test_size_and_copies_of_the_pairs_of_length(prepared, tmp_path):
+    rows, limit = worded_rows("concise", "train"), 62
+    size = [sum(len(row[f]) for f in ("preference", "prompt", "chosen", "rejected"))
+            for row in rows]  # fmt: skip
+    kept = {one["prompt"] for i, one in enumerate(rows[::2])
+            if max(size[2 * i : 2 * i + 2]) <= limit and not one["prompt"].endswith(" 7")}
+    assert 0 < len(kept) < 34
+    train = real.prepare(real.Options(data=str(tmp_path), polite_copies=0, personas_pairs=0,
+                                      concise_size=limit, concise_copies=3))["train"]
+    assert sorted(row["prompt"] for row in train) == sorted(6 * list(kept))
+
+
 @pytest.mark.parametrize("name", SIDES)
 def test_no_wording_held_out_is_in_training_nor_a_word_of_an_implied_one(name):
     def words(texts):
