@@ -31,7 +31,7 @@ class Options:
     polite_copies: int = 3  # how often a politeness pair occurs, in wordings drawn anew
     concise_copies: int = 2  # the same for a pair of length
     concise_pairs: int = 1000  # how many pairs of length of at most concise_size characters
-    concise_size: int = 2000  # prompt, preference and both answers together
+    concise_size: int = 4000  # prompt, preference and both answers together
     personas_pairs: int = 600  # how many pairs of statements
     seed: int = 0  # of what is held out and drawn
     ckpt: str = ""  # answer held-out prompts with this checkpoint instead
