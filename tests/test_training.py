@@ -115,7 +115,7 @@ def test_micro_batches_give_the_large_batch(stage, gradients, write_rows):
 
 
 def test_short_last_batch_is_a_mean_over_its_own_rows(write_rows):
-    """Two steps of one row each; the second has nothing to share its weight with."""
+    """A step of one row in batches of one and of five: the same loss and gradient."""
     write_rows("pairs.jsonl", *pairs()[:1])
     dpo("out/alone", batch_size=1, max_steps=1, sft_weight=1.0)
     dpo("out/large", batch_size=5, epochs=1, sft_weight=1.0)
@@ -123,10 +123,20 @@ def test_short_last_batch_is_a_mean_over_its_own_rows(write_rows):
     assert alone == large
 
 
+def test_the_sft_term_of_dpo_is_the_mean_over_the_chosen_answer(write_rows):
+    row = pairs()[0]
+    write_rows("pairs.jsonl", row)
+    dpo("out/a", batch_size=1, max_steps=1, sft_weight=0.5)
+    [step] = read_log("out/a")
+    n = n_bytes(row["chosen"]) + 1  # the end token
+    assert step["loss/sft"] == pytest.approx(-step["logps/chosen"] / n, rel=1e-5)
+    assert step["loss"] == pytest.approx(step["loss/dpo"] + 0.5 * step["loss/sft"], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["responses.jsonl", "pairs.jsonl"])
 def test_sft_loss_is_the_mean_over_all_learned_tokens(name, byte_tokenizer):
     """Of a file of pairs SFT learns the chosen answers under their meta-prompts, nothing else."""
-    sft("out/a", max_steps=1, batch_size=14, data=name)
+    sft("out/a", epochs=1, batch_size=20, data=name)
     config = json.loads(Path("out/a/config.json").read_text())["model"]
     fresh = Transformer(ModelConfig(**config)).initialize(torch.Generator().manual_seed(0))
     logps = []
@@ -397,13 +407,15 @@ def test_finished_run_is_not_overwritten():
     assert not same(weights("out/a"), before) and len(read_log("out/a")) == 2
 
 
-def test_evaluation_does_not_change_training():
+def test_evaluation_does_not_change_training(keep_ckpt):
     for name, options in {
         "never": {}, "rarely": {"eval_data": "pairs.jsonl", "eval_every": 100},
         "often": {"eval_data": "pairs.jsonl", "eval_every": 1, "eval_pairs": 3},
     }.items():  # fmt: skip
-        dpo(f"out/{name}", max_steps=5, **options)
+        dpo(f"out/{name}", max_steps=5, save_every=2, **options)
         assert same(weights(f"out/{name}"), weights("out/never"))
+        states = [weights(f"out/{run}", "last.pt")["random_state"] for run in (name, "never")]
+        assert torch.equal(*states)
         steps = [row for row in read_log(f"out/{name}") if "loss" in row]
         assert steps == read_log("out/never")
 
@@ -426,6 +438,33 @@ def test_reference_is_cached_by_weights_and_rows(passes, write_rows):
     assert reference_passes("out/no_meta", blank_meta_prompt=True) > 0
     write_rows("pairs.jsonl", *[row | {"rejected": row["rejected"] + " Maybe."} for row in pairs()])
     assert reference_passes("out/other_rows") > 0
+
+
+def test_cache_depends_on_precision_and_on_the_code_of_the_model(passes, monkeypatch, tmp_path):
+    def reference_passes(out_dir, **options):
+        passes.clear()
+        dpo(out_dir, max_steps=1, **options)
+        return sum(not training for training, _, _ in passes)
+
+    assert reference_passes("out/first") > 0
+    assert reference_passes("out/second") == 0
+    assert reference_passes("out/bf16", precision="bf16") > 0
+    (tmp_path / "model.py").write_text("# another\n")
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+    assert reference_passes("out/code") > 0
+
+
+def test_in_bfloat16_both_models_run_under_autocast_and_weights_stay_float32(monkeypatch):
+    seen, forward = set(), Transformer.forward
+
+    def watched(self, *args):
+        seen.add((self.training, torch.is_autocast_enabled("cpu")))
+        return forward(self, *args)
+
+    monkeypatch.setattr(Transformer, "forward", watched)
+    dpo("out/a", max_steps=1, precision="bf16", eval_data="pairs.jsonl")
+    assert seen == {(True, True), (False, True)}
+    assert {p.dtype for p in weights("out/a").values()} == {torch.float32}
 
 
 def test_cache_depends_on_the_model_config(passes):
@@ -526,12 +565,17 @@ def test_label_prob_of_the_rows_is_used(write_rows):
         "wrong": [r | {"label_prob": 0.0} for r in rows],
         "some": [r | {"label_prob": [0.75, 0.25][i % 2]} for i, r in enumerate(rows)],
         "sure": [r | {"label_prob": [1.0, 0.0][i % 2]} for i, r in enumerate(rows)],
+        # Whole flips, so that the order of training is the same.
+        "half": [r | {"label_prob": 1.0 - i // 2 % 2} for i, r in enumerate(rows)],
+        "mended": [r | {"chosen": r["rejected"], "rejected": r["chosen"]} if i // 2 % 2 else r
+                   for i, r in enumerate(rows)],
     }.items():
         write_rows("pairs.jsonl", *changed)
         smoothing = {"label_smoothing": 0.25} if name == "sure" else {}
         dpo(f"out/{name}", **settings | smoothing)
     losses = {name: [step["loss/dpo"] for step in read_log(f"out/{name}")]
-              for name in ("swapped", "wrong", "some", "sure")}
+              for name in ("swapped", "wrong", "some", "sure", "half", "mended")}
+    assert losses["half"] == pytest.approx(losses["mended"], rel=1e-4)
     assert losses["wrong"] == pytest.approx(losses["swapped"], rel=1e-4)
     assert losses["some"] == losses["sure"]
     assert same(weights("out/some"), weights("out/sure"))
