@@ -10,6 +10,7 @@ Each measurement is a process of its own; the sides take turns. The last line is
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -555,6 +556,13 @@ def main(options):
     for name in needed:
         if not getattr(options, name):
             raise UserError(f"--{name} is required")
+    if options.vs:
+        modules = ("trl", "datasets", "transformers") if options.vs == "trl" else (options.vs,)
+        for module in modules:
+            if importlib.util.find_spec(module) is None:
+                raise UserError(f"--vs {options.vs}: needs the package {module}")
+        if not hf_model.is_pretrained(hf_model.find(options.init_from)):
+            raise UserError(f"--vs {options.vs}: --init_from must be a Hugging Face folder")
     measure = {"train": train, "sample": sample, "prefix": prefix, "memory": memory}[options.what]
     result = measure(options, device, precision)
     if options.what in ("train", "sample"):

@@ -113,19 +113,25 @@ def run(main, cls):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        signs = ("DefaultCPUAllocator", "out of memory")  # of a CPU, of a GPU
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
+        if not out_of_memory(error):
             raise
         print(f"error: out of memory: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except PermissionError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     finally:
         distributed.stop()
     distributed.leave()
+
+
+def out_of_memory(error):
+    signs = ("DefaultCPUAllocator", "out of memory")  # of a CPU, of a GPU
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def on_first(function, *arguments):
@@ -183,7 +189,7 @@ def pick_precision(name, device):
 
 
 def autocast(device, precision):
-    """Context in which matrix products run in `precision`; weights stay float32."""
+    """Context in which matrix products run in `precision`, whatever the type of the weights."""
     enabled = precision != "fp32"
     return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=enabled)
 
@@ -210,6 +216,9 @@ class DataOrder:
         n_rows = sum(map(len, groups))
         total = max_steps * batch_size if max_steps > 0 else math.ceil(n_rows * epochs)
         generator = torch.Generator().manual_seed(seed)
+        if total > 2**28:
+            raise UserError(f"--epochs, or --max_steps times --batch_size: {total} rows are more "
+                            "than can be laid out")
         self.rows = []
         while len(self.rows) < total:
             for group in torch.randperm(len(groups), generator=generator).tolist():
@@ -250,10 +259,11 @@ def check_folder(folder, resume, overwrite, init_from=""):
         raise UserError(f"--out_dir {folder}: is the folder of the starting model")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     names = {name for name in names if name != ".lock" and not name.endswith(".tmp")}
-    if names & set(RUN_FILES) and not names & {"log.jsonl", "ckpt.pt", *WEIGHTS}:
-        config = load_json(folder / "config.json") if "config.json" in names else {}
-        if "stage" not in config:
-            raise UserError(f"--out_dir {folder}: holds a model that is no run of ours")
+    ours = names & {"log.jsonl", "ckpt.pt", *WEIGHTS}
+    if "config.json" in names:
+        ours = "model" in load_json(folder / "config.json")
+    if names & set(RUN_FILES) and not ours:
+        raise UserError(f"--out_dir {folder}: holds a model that is no run of ours")
     if names & set(WEIGHTS) and resume:
         raise UserError(f"{folder}: this run is finished, there is nothing to resume")
     if names & set(WEIGHTS) and not overwrite:
@@ -454,7 +464,8 @@ def read_checkpoint(folder, run_hash):
     path = folder / "ckpt.pt"
     state = load_tensors(path)
     if not isinstance(state, dict) or state.get("run") != run_hash:
-        raise UserError(f"{path}: cannot resume: options, data or starting model have changed")
+        raise UserError(f"{path}: cannot resume: options, data or starting model have "
+                        "changed; delete it to start again")
     return state
 
 

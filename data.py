@@ -176,10 +176,13 @@ def read_preferences(names):
     """
     datasets = []
     for path in map(Path, filter(None, names.split(","))):
-        records, rated, ignored = [], {}, set()
+        records, rated, ignored, unusable = [], {}, set(), []
         for line, fields in read_lines(path):
             if "chosen" in fields or "rejected" in fields:
-                records.append(pair_record(fields, line))
+                try:
+                    records.append(pair_record(fields, line))
+                except Unusable:
+                    unusable.append(line)
                 ignored.update(fields.keys() - RECORD_FIELDS)
             elif "completions" in fields:
                 records += rated_pairs(*ultrafeedback(fields, line), line)
@@ -196,6 +199,7 @@ def read_preferences(names):
         same = len(records) - len(kept)
         if same:
             print(f"{path}: skipped {same} of {len(records)} rows: both answers are the same")
+        print_unusable(unusable)
         print_ignored(path, ignored)
         if not kept:
             raise UserError(f"{path}: no pair to learn from")
@@ -224,6 +228,12 @@ ASPECTS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 RECORD_FIELDS = {*META_PROMPT, "prompt", "chosen", "rejected", "label_prob", "user", "meta"}
 
 
+def print_unusable(lines):
+    if lines:
+        print(f"{lines[0]}: skipped this and {len(lines) - 1} other transcripts: an empty turn, no "
+              "last answer, or two prompts")
+
+
 def print_ignored(path, fields):
     if fields:
         print(f"{path}: ignored fields: {', '.join(sorted(fields))}")
@@ -237,14 +247,20 @@ def read_responses(names):
     """
     records = []
     for path in map(Path, filter(None, names.split(","))):
-        ignored = set()
+        ignored, unusable = set(), []
         for line, fields in read_lines(path):
             if "completions" in fields and "chosen" not in fields:
                 records += rated_pairs(*ultrafeedback(fields, line), line)
                 ignored.update(fields.keys() - {"instruction", "completions"})
                 continue
+            if "output" in fields and "response" not in fields:  # Multifaceted Collection's name
+                fields["response"] = fields.pop("output")
             if "chosen" in fields:
-                fields = with_prompt(fields, line)
+                try:
+                    fields = with_prompt(fields, line)
+                except Unusable:
+                    unusable.append(line)
+                    continue
                 record = pair_record(fields, line)
             else:
                 record = common_fields(fields, line)
@@ -254,6 +270,7 @@ def read_responses(names):
                 record["response"] = answer_text(fields, "response", line)
             records.append(record)
             ignored.update(fields.keys() - RECORD_FIELDS - {"response"})
+        print_unusable(unusable)
         print_ignored(path, ignored)
     if not records:
         raise UserError("--data: no rows to learn from")
@@ -286,7 +303,8 @@ def read_lines(path):
                 fields = json.loads(text)
                 if not isinstance(fields, dict):
                     raise UserError(f"{path}:{number}: not a JSON object")
-                yield f"{path}:{number}", fields
+                # A null is a field that is absent, as where columns of several sources meet.
+                yield f"{path}:{number}", {k: v for k, v in fields.items() if v is not None}
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number}: not UTF-8: byte {error.start + 1}") from None
     except (ValueError, RecursionError) as error:
@@ -357,6 +375,8 @@ def with_prompt(fields, line):
         else transcript(text_field(fields.get(field), field, line), field, line)
         for field in ("chosen", "rejected")
     )
+    if chosen[:-1] != rejected[:-1] and isinstance(fields["chosen"], str):
+        raise Unusable
     if chosen[:-1] != rejected[:-1]:
         raise UserError(f"{line}: field 'rejected': its prompt differs from that of 'chosen'")
     response = fields.get("response")  # of SFT data: beside transcripts it may be one too
@@ -403,15 +423,21 @@ def answer_text(fields, field, line):
 
 def turns(messages, field, line):
     """Check a list of {role, content} turns."""
-    if not messages:
-        raise UserError(f"{line}: field '{field}': empty")
     checked = []
     for i, turn in enumerate(messages):
         if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
             raise UserError(f"{line}: field '{field}[{i}].role': must be system, user or assistant")
+        if turn["role"] == "system" and turn.get("content") == "":
+            continue  # absent, as an empty field is
         content = text_field(turn.get("content"), f"{field}[{i}].content", line)
         checked.append({"role": turn["role"], "content": content})
+    if not checked:
+        raise UserError(f"{line}: field '{field}': empty")
     return checked
+
+
+class Unusable(Exception):
+    """A transcript with an empty turn, without a last answer, or to another prompt: skipped."""
 
 
 def transcript(text, field, line):
@@ -423,6 +449,8 @@ def transcript(text, field, line):
         {"role": "user" if who == "Human" else "assistant", "content": content.strip()}
         for who, content in zip(pieces[1::2], pieces[2::2], strict=True)
     ]
+    if messages[-1]["role"] != "assistant" or not all(turn["content"] for turn in messages):
+        raise Unusable
     return turns(messages, field, line)
 
 
@@ -448,7 +476,7 @@ def ultrafeedback(fields, line):
 
 
 def helpsteer(fields, line):
-    """(prompt, response, {aspect: score}) of a HelpSteer row: every number is a score."""
+    """(prompt, response, {aspect: score}) of a HelpSteer row."""
     prompt = text_field(fields.get("prompt"), "prompt", line)
     response = text_field(fields.get("response"), "response", line)
     scores = {aspect: score(value, aspect, line) for aspect, value in fields.items()
@@ -461,7 +489,7 @@ def helpsteer(fields, line):
 def score(value, field, line):
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise UserError(f"{line}: field '{field}': not a score: {value!r}")
@@ -519,12 +547,9 @@ def encode(record, tokenizer, block_size, structure=0):
     """
     where, turns = record.get("where", "this prompt"), prompt_turns(record)
     texts = [record[f] for f in ("chosen", "rejected", "response") if f in record]
-    try:
-        contents = [tokenizer.encode(turn["content"]) for turn in turns]
-        answers = [tokenizer.encode(text) + [tokenizer.end] for text in texts]
-        structure = max(structure, structure_size(record, tokenizer))
-    except UserError as error:  # a chat template that does not take these turns
-        raise UserError(f"{where}: {error}") from None
+    contents = [tokenizer.encode(turn["content"]) for turn in turns]
+    answers = [tokenizer.encode(text) + [tokenizer.end] for text in texts]
+    structure = max(structure, structure_size(record, tokenizer))
 
     room = block_size - structure  # for contents and the longest answer
     if room < 2 * len(contents) + 2:
@@ -547,8 +572,14 @@ def encode(record, tokenizer, block_size, structure=0):
 
 
 def structure_size(record, tokenizer):
-    """Tokens of a trunk beside the contents of its turns: the meta-prompt and the template."""
-    return len(tokenizer.render(record, [[] for _ in prompt_turns(record)]))
+    """Tokens of a trunk beside the contents of its turns: the meta-prompt and the template.
+
+    Raises UserError where a chat template does not take these turns.
+    """
+    try:
+        return len(tokenizer.render(record, [[] for _ in prompt_turns(record)]))
+    except UserError as error:
+        raise UserError(f"{record.get('where', 'this prompt')}: {error}") from None
 
 
 def cut_middle(contents, room):

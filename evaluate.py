@@ -173,8 +173,9 @@ def find_flips(records):
     """Pairs of rows with the same query and answers in opposite order: [(i, j), ...]."""
     flips = []
     for rows in same_pair(records):
-        first = [i for i in rows if records[i]["chosen"] == records[rows[0]]["chosen"]]
-        second = [i for i in rows if i not in first]
+        chosen = records[rows[0]]["chosen"]
+        first = [i for i in rows if records[i]["chosen"] == chosen]
+        second = [i for i in rows if records[i]["chosen"] != chosen]
         flips += zip(first, second, strict=False)
     return flips
 
@@ -270,8 +271,8 @@ def summarize(found, records, flips):
 def score_generated(model, tokenizer, records, max_new_tokens, progress=""):
     """Greedy answers to world records, read by the world's checker.
 
-    Returns ({metric: (rows, right)}, {axis: [right or not]}, [(record, text), ...]). Rows with the
-    same wanted values, meta-prompt and query count once.
+    Returns ({metric: (rows, right)}, {axis: [right or not]}). Rows with the same wanted values,
+    meta-prompt and query count once.
     """
     tiers = (*data.META_PROMPT, "prompt")
     unique = {json.dumps([r["meta"]["values"], *map(r.get, tiers)]): i
@@ -282,19 +283,19 @@ def score_generated(model, tokenizer, records, max_new_tokens, progress=""):
     for start in tqdm(range(0, len(rows), 128), desc=progress, leave=False, disable=hidden):
         batch = [records[i] for i in rows[start : start + 128]]
         texts += answer(model, tokenizer, batch, max_new_tokens)
-    axes = defaultdict(list)
-    right, where, whole, topical = [], [], [], []
+    axes, where, right, whole, topical = defaultdict(list), [], [], [], []
     for i, text in zip(rows, texts, strict=True):
         style, values = world.read_style(text), records[i]["meta"]["values"]
-        for axis, value in values.items():
-            axes[axis].append(style[axis] == value)
-            right.append(style[axis] == value)
-            where.append(i)
-        whole.append(all(style[axis] == value for axis, value in values.items()))
+        hits = {axis: style[axis] == value for axis, value in values.items()}
+        for axis, hit in hits.items():
+            axes[axis].append(hit)
+        where += [i] * len(hits)
+        right += hits.values()
+        whole.append(all(hits.values()))
         topical.append(world.on_topic(records[i]["prompt"], text))
     found = {"generated_axes_right": (where, right), "generated_all_right": (rows, whole),
              "generated_on_topic": (rows, topical)}
-    return found, axes, [(records[i], text) for i, text in zip(rows, texts, strict=True)]
+    return found, axes
 
 
 # ---------------------------------------------------------------- the whole evaluation
@@ -342,7 +343,7 @@ def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens,
             found, axes = steerability(*logps[model], *logps[reference], flips), {}
             if name.split(",")[0] in OURS:
                 asked = records if model is not reference else read
-                generated, axes, _ = score_generated(
+                generated, axes = score_generated(
                     model, tokenizer, asked, max_new_tokens, f"{policy} answers {name}"
                 )
                 found |= generated
@@ -383,6 +384,8 @@ def load_reward_model(folder, config, device):
         model = few_shot.RewardModel(**config["model"]).to(device).eval()
         common.load_trained(model, common.load_tensors(path))
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if common.out_of_memory(error):
+            raise
         raise UserError(f"{path}: not the weights of its config.json: {error}") from None
     return model, few_shot.Features(for_inference(base), tokenizer)
 

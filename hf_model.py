@@ -150,8 +150,9 @@ def weight_files(folder):
         return {name: folder / Path(file).name for name, file in where.items()}
     path = folder / "model.safetensors"
     if not path.exists():
-        others = sorted(p.name for p in folder.glob("*.bin")) or ["no weights"]
-        raise UserError(f"{folder}: model.safetensors is missing (here: {others[0]})")
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".safetensors"))
+        raise UserError(f"{folder}: model.safetensors is missing, and {index.name} too (here: "
+                        f"{', '.join(others) or 'no weights'})")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict.fromkeys(file.keys(), path)
@@ -188,6 +189,9 @@ def read_weights(folder, config):
         raise UserError(f"{folder}: tensor {head}: is not the embedding that it is tied to")
     for ours, theirs in names.items():
         parts = [read(name) for name in theirs]
+        if len({part.shape[1:] for part in parts}) > 1:
+            shapes = ", ".join(str(list(part.shape)) for part in parts)
+            raise ValueError(f"{', '.join(theirs)}: {shapes}, expected equally many columns")
         yield ours, parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -397,6 +397,8 @@ class HfTokenizer:
         self.template = self.attempt(compile_template, source=template or DEFAULT_TEMPLATE)
         self.probe()
         self.files = {name: (folder / name).read_bytes() for name in names}
+        if not template:  # what is trained or exported shall bring it
+            self.files["chat_template.jinja"] = DEFAULT_TEMPLATE.encode()
 
     def read(self, spec, config):
         try:

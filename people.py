@@ -92,7 +92,9 @@ def hold_out(records, n, seed):
 
 
 def split(trained, unseen, test_rows):
-    """{file name: records}: `train` and `val-a` are of group a, `val-b` and its part `test` of b.
+    """{file name: records}: `train` and `val-a` are of group a, `train-b`, `val-b` and `test` of b.
+
+    `test` is a part of `val-b`.
 
     trained, unseen: the records of some people and of others. Raises UserError where a person is
     on both sides, or a group or user is missing.

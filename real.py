@@ -63,9 +63,8 @@ def read(folder, name, split):
     needed = {"preference_name", "wording"} if name in WORDED else {"preference_name"}
     for record in records:
         meta = record.get("meta", {})
-        missing = needed - meta.keys()
-        if missing:
-            raise UserError(f"{record['where']}: field 'meta.{min(missing)}': missing")
+        for field in sorted(needed):
+            data.text_field(meta.get(field), f"meta.{field}", record["where"])
         if "preference" not in record:
             raise UserError(f"{record['where']}: field 'preference': missing")
         if name in WORDED:
@@ -191,7 +190,7 @@ def length_rule(records):
     for one, other in flips(records):
         first = min(one, other, key=lambda record: record["meta"]["preference_name"])
         shorter = len(first["chosen"]) < len(first["rejected"])
-        for group in {"all", first["meta"].get("dataset", "all")}:
+        for group in {"all", str(first["meta"].get("dataset", "all"))}:
             counts[group].append(shorter)
     return {group: (max(sum(right), len(right) - sum(right)), len(right))
             for group, right in sorted(counts.items())}

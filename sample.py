@@ -94,6 +94,8 @@ def load_run(folder, device, dtype):
             model.features = few_shot.Features(for_inference(base), tokenizer)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError,
             RuntimeError) as error:  # fmt: skip
+        if common.out_of_memory(error):
+            raise
         reason = common.first_line(error)
         raise UserError(f"{weights}: not the weights of its config.json: {reason}") from None
     return model, tokenizer
@@ -128,7 +130,7 @@ def load_tokenizer(folder):
 def weights_hash(folder):
     """Hash of all the weights that `load_checkpoint` reads from a folder."""
     folder = hf_model.find(folder)
-    path = common.finished(folder)
+    path = None if hf_model.is_pretrained(folder) else common.finished(folder)
     if path is None:
         return common.content_hash(*map(common.file_hash, sorted(folder.glob("*.safetensors"))))
     if path.name == "model.pt":

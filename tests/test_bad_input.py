@@ -550,6 +550,8 @@ OTHER_BAD_OPTIONS = (
     (sample, "--samples", ("--samples", "0")),
     (sample, "--preference", ("--preference",)),
     (train_sft, "out of memory", ("--n_embd", "2000000000")),
+    (train_sft, "--max_steps", ("--max_steps", "100000000")),
+    (sample, "File name too long", ("--ckpt", "a" * 300, "--prompt", "Tea?")),
     (data, "--rows", ("--rows", "-1")),
     (data, "--block_size", ("--block_size", "0")),
 )
@@ -624,6 +626,24 @@ def test_cache_that_cannot_be_written(command, dpo, tmp_path):
     (tmp_path / "out").write_text("mine")
     status, _, err = command(train_dpo, *dpo, "--out_dir", tmp_path / "run")
     assert status == 2 and err.splitlines()[-1].startswith("error: out/cache")
+
+
+def test_weights_of_another_project_are_not_overwritten(refused, dpo, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text('{"model_type": "llama"}')
+    (theirs / "model.pt").write_bytes(b"theirs")
+    assert "no run of ours" in refused(train_dpo, *dpo, "--out_dir", theirs, "--overwrite")
+    assert (theirs / "model.pt").read_bytes() == b"theirs"
+
+
+def test_too_little_memory_is_not_taken_for_broken_weights(refused, tiny_run, monkeypatch):
+    def from_weights(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(sample, "from_weights", from_weights)
+    message = refused(sample, "--ckpt", tiny_run, "--prompt", "Tea?")
+    assert "out of memory" in message and "config.json" not in message
 
 
 def test_folder_that_one_may_not_enter(refused, dpo, tmp_path, monkeypatch):

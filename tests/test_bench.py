@@ -55,6 +55,7 @@ def test_sampling_writes_the_tokens_of_transformers(smol, command, write_rows):
     (["sample"], "--init_from is required"), (["memory", "--sizes", "7B"], "7B"),
     (["memory", "--vs", "trl"], "no peer"),
     (["train", "--vs", "trl", "--lora_rank", "2"], "--lora_rank"),
+    (["sample", "--init_from", ".", "--pref_data", "x", "--vs", "transformers"], "--vs transf"),
 ])  # fmt: skip
 def test_bench_names_what_it_cannot_do(arguments, named, command):
     status, _, err = command(bench, *arguments)

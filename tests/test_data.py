@@ -93,8 +93,10 @@ def test_prompt_and_answer_are_tokenised_apart(world_tokenizer):
 
 
 def test_the_two_answers_are_rendered_alike(world_tokenizer):
-    swapped = FULL | {"chosen": FULL["rejected"], "rejected": FULL["chosen"]}
-    one, other = (encode(row, world_tokenizer, 512) for row in (FULL, swapped))
+    """White space too, at which tokenizers and templates like to differ."""
+    row = FULL | {"chosen": "\n Hey! ", "rejected": " Good day.\n"}
+    swapped = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+    one, other = (encode(row, world_tokenizer, 512) for row in (row, swapped))
     assert one.trunk == other.trunk and one.answers == other.answers[::-1]
 
 
@@ -364,15 +366,50 @@ def test_hh_transcripts_of_several_turns(read):
     assert shown(single) == SIMPLE
 
 
-def test_transcripts_with_different_prompts_are_an_error(read):
-    with pytest.raises(UserError, match=r":1: field 'rejected'"):
-        read({"chosen": "\n\nHuman: Tea?\n\nAssistant: Yes.",
-              "rejected": "\n\nHuman: Milk?\n\nAssistant: No."})  # fmt: skip
+UNUSABLE = {
+    "another prompt": "\n\nHuman: Milk?\n\nAssistant: No.",
+    "no answer": "\n\nHuman: Tea?\n\nAssistant: ",
+    "an empty turn": "\n\nHuman:\n\nAssistant: No.",
+    "the user last": "\n\nHuman: Tea?\n\nAssistant: No.\n\nHuman: Why?",
+}
 
 
-def test_multifaceted_rows(read):
+@pytest.mark.parametrize("rejected", UNUSABLE.values(), ids=UNUSABLE)
+def test_unusable_transcripts_are_skipped_and_counted(write_rows, capsys, rejected):
+    """A few rows in a thousand of HH-RLHF are no pairs."""
+    chosen = "\n\nHuman: Tea?\n\nAssistant: Yes."
+    spoilt = {"chosen": chosen, "rejected": rejected}
+    path = str(write_rows("a.jsonl", spoilt, spoilt, SIMPLE))
+    for read in (data.read_records, data.read_responses):
+        [record] = read(path)
+        assert record["chosen"] == SIMPLE["chosen"]
+        assert "a.jsonl:1: skipped this and 1 other transcripts" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no pair to learn from"):
+        data.read_records(str(write_rows("a.jsonl", spoilt)))
+    answers = {field: [turn("user", f"{field}?"), turn("assistant", "Yes.")]
+               for field in ("chosen", "rejected")}
+    with pytest.raises(UserError, match=r":1: field 'rejected': its prompt differs"):
+        data.read_records(str(write_rows("a.jsonl", answers)))
+
+
+def test_nulls_and_empty_system_turns_are_absent(read, write_rows):
+    nulls = dict.fromkeys(("system", "completions", "response", "unknown", "label_prob"))
+    turns = [turn("system", ""), turn("user", "Tea?")]
+    answers = {field: [*turns, turn("assistant", SIMPLE[field])]
+               for field in ("chosen", "rejected")}
+    for row in (SIMPLE | nulls, SIMPLE | {"prompt": turns}, answers):
+        [record] = read(row)
+        assert shown(record) == SIMPLE
+        [record] = data.read_responses(str(write_rows("sft.jsonl", row)))
+        assert "response" not in record and record["chosen"] == SIMPLE["chosen"]
+
+
+def test_multifaceted_rows(read, write_rows):
     [record] = read(SIMPLE | {"system": "You are a bus driver."})
     assert shown(record) == SIMPLE | {"system": "You are a bus driver."}
+    row = {"system": "You are a bus driver.", "prompt": "Tea?", "output": "Yes.", "main_source": ""}
+    [record] = data.read_responses(str(write_rows("sft.jsonl", row)))
+    assert [record[f] for f in ("system", "prompt", "response")] == [*row.values()][:3]
 
 
 def completion(response, **ratings):

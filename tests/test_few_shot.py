@@ -589,9 +589,15 @@ def test_generated_answers_of_all_users_count_also_without_a_context(workplace):
     """Two users who ask the same want different things, so no row stands for both."""
     model, tokenizer = sample.load_checkpoint("tiny", torch.device("cpu"))
     rows = [row | {"prompt": "?"} for row in world.user_pairs(True)[:64]]
-    found, axes, _ = evaluate.score_generated(model, tokenizer, rows + rows, 2)
+    found, axes = evaluate.score_generated(model, tokenizer, rows + rows, 2)
     assert len(found["generated_all_right"][0]) == 32
     assert {axis: len(right) for axis, right in axes.items()} == dict.fromkeys(world.AXES, 32)
+
+
+def test_the_term_on_z_heeds_uncertain_labels(users):
+    """A label that is as likely wrong as right costs ln 2 at least, whatever is learned."""
+    dpo("out/a", **LATENT, label_smoothing=0.5, epochs=6.0, learning_rate=5e-3)
+    assert min(row["loss/btl"] for row in read_log("out/a")) >= math.log(2) - 1e-6
 
 
 def test_the_figure_of_a_latent(users, command):

@@ -343,6 +343,21 @@ def test_tensor_of_another_shape(exported, name):
     assert str(exported) in refusal(exported)
 
 
+def test_parts_of_another_width(exported):
+    tensors, name = tensors_of(exported), "model.layers.0.self_attn.k_proj.weight"
+    write_tensors(exported, tensors | {name: tensors[name][:, 1:].clone()})
+    assert name in refusal(exported)
+
+
+def test_the_hash_is_of_the_weights_that_are_read(exported):
+    before = sample.weights_hash(exported)
+    (exported / "model.pt").write_bytes(b"of another tool")
+    assert sample.weights_hash(exported) == before
+    tensors = tensors_of(exported)
+    write_tensors(exported, {name: tensor + 1 for name, tensor in tensors.items()})
+    assert sample.weights_hash(exported) != before
+
+
 @pytest.mark.parametrize("size", [0, 7, 100, -1000, -1])
 def test_truncated_weights(exported, size):
     path = exported / "model.safetensors"
@@ -396,7 +411,10 @@ def test_weights_in_another_format_or_none(exported):
     weights.rename(exported / "pytorch_model.bin")
     message = refusal(exported)
     assert "model.safetensors is missing" in message and "pytorch_model.bin" in message
-    (exported / "pytorch_model.bin").unlink()
+    (exported / "pytorch_model.bin").rename(exported / "model-00001-of-00002.safetensors")
+    message = refusal(exported)
+    assert "index.json" in message and "00001-of-00002" in message
+    (exported / "model-00001-of-00002.safetensors").unlink()
     assert "model.safetensors is missing" in refusal(exported)
 
 

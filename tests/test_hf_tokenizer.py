@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import data
+import evaluate
 import hf_tokenizer
 from common import UserError
 from hf_tokenizer import BYTE_OF, HfTokenizer, Library
@@ -532,9 +533,12 @@ def test_normalized_added_tokens_are_sought_in_normalized_text(write_folder):
     assert ours.encode("A\u030a") == ours.encode("\u00c5") == [261]
 
 
-def test_folder_without_template(write_folder, capsys):
+def test_folder_without_template(write_folder, capsys, tmp_path):
     ours = HfTokenizer.load(write_folder(by_hand(), None))
     assert capsys.readouterr().out.count("no chat template") == 1
+    ours.save(tmp_path)  # with the template that stands in
+    again = HfTokenizer.load(tmp_path)
+    assert again.describe() == ours.describe() and not capsys.readouterr().out
     turns = [{"role": role, "content": content}
              for role, content in (("user", "a"), ("assistant", "b"), ("user", "c"))]  # fmt: skip
     text = "<s>S\n\nUser:\na\n\nAssistant:\nb</s>\n\nUser:\nc\n\nAssistant:\n"
@@ -606,6 +610,9 @@ def test_conversation_that_the_template_refuses(write_folder):
     turns = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
     with pytest.raises(UserError, match="chat_template.jinja: .*: roles must alternate"):
         ours.render({"prompt": turns})
+    record = {"prompt": turns, "chosen": "c", "rejected": "d", "where": "f.jsonl:7"}
+    with pytest.raises(UserError, match="^f.jsonl:7: [^ ]*chat_template.jinja: .*alternate"):
+        evaluate.encode_both([record], ours, 512, "f")
 
 
 @pytest.mark.parametrize("name, content, reason", [

@@ -230,6 +230,15 @@ def test_bfloat16_logits_cost_little_of_log_p():
     assert (found - exact).mean().abs() < 0.0003  # no bias that a sum over tokens would gather
 
 
+def test_logits_are_float32_under_bfloat16_autocast():
+    model = new_model()
+    outputs = torch.randn(5, CONFIG.n_embd, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found, answers = model.logits(outputs), generate(model, [[1, 2, 3], [4]], -1, 5)
+    assert found.dtype == torch.float32 and list(map(len, answers)) == [5, 5]
+    assert torch.allclose(found, outputs @ model.head_weight.t(), atol=1e-4)
+
+
 def test_packed_gradients_equal_one_by_one():
     model, trees = new_model(), draw_trees(2)
     weights = torch.linspace(-1, 2, 12)  # each answer enters the loss with a weight of its own

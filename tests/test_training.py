@@ -258,6 +258,18 @@ def test_sft_then_dpo_then_evaluation(write_rows):
     assert set(result["by_preference_name"]) == {"happy", "sad"}
 
 
+def test_generated_answers_are_judged_by_their_own_row(monkeypatch):
+    rows = world.evaluation_pairs("seen")  # 200: more than a batch
+    for side in ANSWERS:
+        monkeypatch.setattr(evaluate, "answer", lambda model, tokenizer, batch, n, side=side: [
+            row[side] for row in batch])  # fmt: skip
+        found, _ = evaluate.score_generated(None, None, rows, 9)
+        shares = {metric: sum(right) / len(right) for metric, (_, right) in found.items()}
+        assert shares["generated_all_right"] == (side == "chosen")
+        assert shares["generated_on_topic"] == 1
+        assert (shares["generated_axes_right"] == 1) == (side == "chosen")
+
+
 def test_eval_json_has_every_key(monkeypatch, write_rows):
     dpo("out/a", max_steps=1)
     write_rows("single.jsonl", *pairs()[:1])
