@@ -230,8 +230,8 @@ RECORD_FIELDS = {*META_PROMPT, "prompt", "chosen", "rejected", "label_prob", "us
 
 def print_unusable(lines):
     if lines:
-        print(f"{lines[0]}: skipped this and {len(lines) - 1} other transcripts: an empty turn, no "
-              "last answer, or two prompts")
+        print(f"{lines[0]}: the first of {len(lines)} transcripts that were skipped: an empty "
+              "turn, no last answer, or two prompts")
 
 
 def print_ignored(path, fields):
@@ -253,8 +253,8 @@ def read_responses(names):
                 records += rated_pairs(*ultrafeedback(fields, line), line)
                 ignored.update(fields.keys() - {"instruction", "completions"})
                 continue
-            if "output" in fields and "response" not in fields:  # Multifaceted Collection's name
-                fields["response"] = fields.pop("output")
+            if "output" in fields and not fields.keys() & {"response", "chosen"}:
+                fields["response"] = fields.pop("output")  # as the Multifaceted Collection has it
             if "chosen" in fields:
                 try:
                     fields = with_prompt(fields, line)

@@ -383,7 +383,7 @@ def test_unusable_transcripts_are_skipped_and_counted(write_rows, capsys, reject
     for read in (data.read_records, data.read_responses):
         [record] = read(path)
         assert record["chosen"] == SIMPLE["chosen"]
-        assert "a.jsonl:1: skipped this and 1 other transcripts" in capsys.readouterr().out
+        assert "a.jsonl:1: the first of 2 transcripts that were skipped" in capsys.readouterr().out
     with pytest.raises(UserError, match="no pair to learn from"):
         data.read_records(str(write_rows("a.jsonl", spoilt)))
     answers = {field: [turn("user", f"{field}?"), turn("assistant", "Yes.")]
@@ -410,6 +410,8 @@ def test_multifaceted_rows(read, write_rows):
     row = {"system": "You are a bus driver.", "prompt": "Tea?", "output": "Yes.", "main_source": ""}
     [record] = data.read_responses(str(write_rows("sft.jsonl", row)))
     assert [record[f] for f in ("system", "prompt", "response")] == [*row.values()][:3]
+    [record] = data.read_responses(str(write_rows("sft.jsonl", SIMPLE | {"output": "Another."})))
+    assert "response" not in record
 
 
 def completion(response, **ratings):
