@@ -261,7 +261,7 @@ def check_folder(folder, resume, overwrite, init_from=""):
     names = {name for name in names if name != ".lock" and not name.endswith(".tmp")}
     ours = names & {"log.jsonl", "ckpt.pt", *WEIGHTS}
     if "config.json" in names:
-        ours = "model" in load_json(folder / "config.json")
+        ours = "stage" in load_json(folder / "config.json")
     if names & set(RUN_FILES) and not ours:
         raise UserError(f"--out_dir {folder}: holds a model that is no run of ours")
     if names & set(WEIGHTS) and resume:

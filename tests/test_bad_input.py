@@ -631,7 +631,7 @@ def test_cache_that_cannot_be_written(command, dpo, tmp_path):
 def test_weights_of_another_project_are_not_overwritten(refused, dpo, tmp_path):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
-    (theirs / "config.json").write_text('{"model_type": "llama"}')
+    (theirs / "config.json").write_text('{"model": "gpt2"}')
     (theirs / "model.pt").write_bytes(b"theirs")
     assert "no run of ours" in refused(train_dpo, *dpo, "--out_dir", theirs, "--overwrite")
     assert (theirs / "model.pt").read_bytes() == b"theirs"
