@@ -333,7 +333,7 @@ def common_fields(fields, line):
     """The fields that every kind of record may have: meta-prompt, label_prob, user, meta."""
     record = {}
     for field in TEXT_TIERS:
-        if fields.get(field) is not None and fields[field] != "":
+        if fields.get(field, "") != "":
             record[field] = text_field(fields[field], field, line)
     examples = fields.get("examples")
     if not isinstance(examples, list | None):
@@ -344,13 +344,13 @@ def common_fields(fields, line):
         choice = {f: text_field(example.get(f), f"examples[{i}].{f}", line)
                   for f in ("prompt", "chosen", "rejected")}
         record.setdefault("examples", []).append(choice)
-    p = 1.0 if fields.get("label_prob") is None else fields["label_prob"]
+    p = fields.get("label_prob", 1.0)
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
         raise UserError(f"{line}: field 'label_prob': must be between 0 and 1, not {p!r}")
     record["label_prob"] = float(p)
     record["where"] = line  # for messages; never shown to the model
     for field, kinds in (("user", str | int), ("meta", dict)):
-        if fields.get(field) is not None:
+        if field in fields:
             if not isinstance(fields[field], kinds):
                 raise UserError(f"{line}: field '{field}': wrong type")
             record[field] = fields[field]
@@ -368,7 +368,7 @@ def pair_record(fields, line):
 
 def with_prompt(fields, line):
     """A pair's fields; a prompt that stands in both answers instead becomes one."""
-    if fields.get("prompt") is not None:
+    if "prompt" in fields:
         return fields
     chosen, rejected = (
         turns(fields[field], field, line) if isinstance(fields.get(field), list)

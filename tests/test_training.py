@@ -435,7 +435,7 @@ def test_evaluation_does_not_change_training(keep_ckpt):
 # ---------------------------------------------------------------- the reference
 
 
-def test_reference_is_cached_by_weights_and_rows(passes, write_rows):
+def test_reference_is_cached_by_all_that_it_depends_on(passes, write_rows, monkeypatch, tmp_path):
     def reference_passes(out_dir, **options):
         passes.clear()
         dpo(out_dir, max_steps=3, **options)
@@ -450,16 +450,6 @@ def test_reference_is_cached_by_weights_and_rows(passes, write_rows):
     assert reference_passes("out/no_meta", blank_meta_prompt=True) > 0
     write_rows("pairs.jsonl", *[row | {"rejected": row["rejected"] + " Maybe."} for row in pairs()])
     assert reference_passes("out/other_rows") > 0
-
-
-def test_cache_depends_on_precision_and_on_the_code_of_the_model(passes, monkeypatch, tmp_path):
-    def reference_passes(out_dir, **options):
-        passes.clear()
-        dpo(out_dir, max_steps=1, **options)
-        return sum(not training for training, _, _ in passes)
-
-    assert reference_passes("out/first") > 0
-    assert reference_passes("out/second") == 0
     assert reference_passes("out/bf16", precision="bf16") > 0
     (tmp_path / "model.py").write_text("# another\n")
     monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
