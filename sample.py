@@ -203,8 +203,12 @@ def chat(respond, options, examples):
     while True:
         try:
             line = input("> ").strip()
+            line.encode()  # a lone surrogate is a byte that was no UTF-8
         except EOFError:
             return
+        except UnicodeError:
+            print("not UTF-8")
+            continue
         command, _, text = line.partition(" ")
         if command == "/quit":
             return

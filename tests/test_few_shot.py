@@ -746,6 +746,27 @@ def test_the_regression_minimises_its_objective():
     assert torch.equal(people.fit(torch.zeros(3, 0, 4), prior, 0.5), prior.expand(3, 4))
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_ridge_is_chosen_on_people_of_training(alike):
+    """Strong where all want the same, weak where each has wishes of their own."""
+    generator = torch.Generator().manual_seed(0)
+    table = {str(i): torch.randn(4, generator=generator) for i in range(60)}
+    wishes = torch.randn(1 if alike else 40, 4, generator=generator).expand(40, 4)
+
+    def choices(person, n):
+        for i in range(n):
+            one, other = torch.randperm(60, generator=generator)[:2].tolist()
+            wanted = (table[str(one)] - table[str(other)]) @ wishes[person]
+            noise = 3 * alike * torch.randn((), generator=generator)
+            one, other = (one, other) if wanted + noise > 0 else (other, one)
+            yield {"user": str(person), "prompt": f"{i}?", "chosen": str(one),
+                   "rejected": str(other)}  # fmt: skip
+
+    train, train_b = ([row for person in range(40) for row in choices(person, 200)] for _ in "ab")
+    _, ridge = people.regression(train, train_b, {}, table)
+    assert (ridge >= 10) == alike
+
+
 def test_the_sign_of_a_statement_is_found_from_answers(tmp_path, write_rows):
     people_data(write_rows, 40)
     statements, answers = read_people(tmp_path)

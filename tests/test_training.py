@@ -597,3 +597,54 @@ def test_scores_compare_the_same_text_when_answers_are_cut(byte_tokenizer):
     assert shown[0].answers == shown[1].answers[::-1]
     longest = max(len(e.trunk) + max(map(len, e.answers)) for e in shown)
     assert longest == 64
+
+
+# ---------------------------------------------------------------- what users type first
+
+
+def test_the_main_command_in_miniature(monkeypatch, capsys):
+    """python train_dpo.py: defaults throughout, but for the number of rows."""
+    rows = world.SFT_DATA["world"]()[:70]
+    monkeypatch.setitem(world.SFT_DATA, "world", lambda: rows)
+    monkeypatch.setattr(world, "TRAIN_ROWS", 30)
+    monkeypatch.setattr(world, "EVAL_ROWS", 4)
+    train_dpo.main(train_dpo.Options(device="cpu"))
+    shown = capsys.readouterr().out
+    assert "stage one" in shown
+    assert [entry["step"] for entry in read_log("out/dpo") if "loss" in entry][-1] == 5
+    results = common.load_json(Path("out/dpo/eval.json"))["results"]
+    assert list(results) == list(world.SPLITS)
+    for name, entry in results.items():
+        [line] = [line for line in shown.splitlines() if line.startswith(f"{name} ")]
+        for key in ("flip_accuracy", "accuracy", "generated_axes_right", "generated_on_topic"):
+            assert f"-> {100 * entry[key]:.1f}" in line
+    assert "preference: My train leaves in one minute." in shown
+    assert not weights("out/dpo")["embedding.weight"].equal(weights("out/sft")["embedding.weight"])
+    train_dpo.first_stage(train_dpo.Options(), Path("out/sft"))  # it is finished: used again
+    assert "stage one" not in capsys.readouterr().out
+
+
+def test_chat(monkeypatch, capsys):
+    """Tiers change at any moment, /new forgets turns but not tiers, a refused query is no turn."""
+    lines = ["Hi", "/preference Be brief.", "Tea?", "bad", "b\udcffd", "/system  Be kind. ",
+             "/what", "", "/new", "Why?", "/preference", "Still?", "/quit", "never"]  # fmt: skip
+    asked = []
+
+    def respond(record):
+        asked.append(json.loads(json.dumps(record)))
+        if record["prompt"][-1]["content"] == "bad":
+            raise UserError("too long")
+        return f"answer {len(asked)}"
+
+    monkeypatch.setattr("builtins.input", lambda _: lines.pop(0))
+    sample.chat(respond, sample.Options(ckpt="x", system="Rule.", preference=("Be", "polite.")), [])
+    said = [[turn["content"] for turn in record["prompt"]] for record in asked]
+    assert said == [["Hi"], ["Hi", "answer 1", "Tea?"],
+                    ["Hi", "answer 1", "Tea?", "answer 2", "bad"],
+                    ["Why?"], ["Why?", "answer 4", "Still?"]]  # fmt: skip
+    tiers = [(record.get("system"), record.get("preference")) for record in asked]
+    assert tiers == [("Rule.", "Be polite."), *[("Rule.", "Be brief.")] * 2,
+                     ("Be kind.", "Be brief."), ("Be kind.", None)]  # fmt: skip
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("too long", "not UTF-8", "unknown command /what"))
+    assert lines == ["never"]
