@@ -89,8 +89,7 @@ def call(function, arguments, pipe):
             peak = max(on_cards) or peak
         pipe.send(found | {"peak_gib": peak / 2**30})
     except BaseException as error:
-        lines = traceback.format_exc() if not isinstance(error, UserError) else str(error)
-        pipe.send(lines)
+        pipe.send(str(error) if isinstance(error, UserError) else traceback.format_exc())
 
 
 def in_process(function, *arguments):
@@ -508,7 +507,7 @@ def one_step(job, checkpointing):
 
 
 def memory(options, device, precision):
-    """{size: {"parameters", "full": GiB, "full+checkpointing", "LoRA", "LoRA+checkpointing"}}
+    """{"memory_gib": {size: {"parameters", "full": GiB, "full+checkpointing", "LoRA", ...}}}
 
     Of one DPO step of `batch_size` pairs of about 512 tokens, models with random weights.
     """

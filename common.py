@@ -264,10 +264,10 @@ def check_folder(folder, resume, overwrite, init_from=""):
         ours = "stage" in load_json(folder / "config.json")
     if names & set(RUN_FILES) and not ours:
         raise UserError(f"--out_dir {folder}: holds a model that is no run of ours")
-    if names & set(WEIGHTS) and resume:
+    if finished(folder) and resume:
         raise UserError(f"{folder}: this run is finished, there is nothing to resume; "
                         f"evaluate.py --ckpt {folder} evaluates it")
-    if names & set(WEIGHTS) and not overwrite:
+    if finished(folder) and not overwrite:
         raise UserError(f"{folder}: holds a finished run; --overwrite replaces it")
     if names and not resume and not overwrite:
         way = "" if resume is None else "--resume goes on with an unfinished run, "

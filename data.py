@@ -316,11 +316,11 @@ def read_lines(path):
         raise UserError(f"{path}: the file is empty")
 
 
-def text_field(value, field, line, may_be_empty=False):
+def text_field(value, field, line):
     if not isinstance(value, str):
         found = "missing" if value is None else f"must be text, not {type(value).__name__}"
         raise UserError(f"{line}: field '{field}': {found}")
-    if not value.strip() and not may_be_empty:
+    if not value.strip():
         raise UserError(f"{line}: field '{field}': empty")
     try:
         value.encode()
@@ -375,9 +375,9 @@ def with_prompt(fields, line):
         else transcript(text_field(fields.get(field), field, line), field, line)
         for field in ("chosen", "rejected")
     )
-    if chosen[:-1] != rejected[:-1] and isinstance(fields["chosen"], str):
-        raise Unusable
     if chosen[:-1] != rejected[:-1]:
+        if isinstance(fields["chosen"], str):
+            raise Unusable
         raise UserError(f"{line}: field 'rejected': its prompt differs from that of 'chosen'")
     response = fields.get("response")  # of SFT data: beside transcripts it may be one too
     if isinstance(response, str) and response.lstrip().startswith("Human:"):
@@ -412,9 +412,7 @@ def answer_text(fields, field, line):
     if answer[-1]["role"] != "assistant":
         raise UserError(f"{line}: field '{field}': must end with an assistant turn")
     if len(answer) > 1:
-        prompt = fields["prompt"]
-        asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        repeated = [{k: turn[k] for k in ("role", "content")} for turn in asked]
+        repeated = [{k: turn[k] for k in ("role", "content")} for turn in prompt_turns(fields)]
         without_system = [turn for turn in repeated if turn["role"] != "system"]
         if answer[:-1] not in (repeated, without_system):
             raise UserError(f"{line}: field '{field}': its first turns are not the prompt's")

@@ -68,7 +68,7 @@ def spread(model, fsdp):
 
 
 def sync_gradients(model, now):
-    """Whether the next backward pass, the last of a step, averages gradients over processes."""
+    """Say whether the next backward pass averages gradients over processes: the last of a step."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
     elif WORLD > 1:

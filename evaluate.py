@@ -362,17 +362,17 @@ COLUMNS = {
 }  # fmt: skip
 
 
+def percent(share):
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
 def print_table(results):
     """One line for each dataset; percentages, `-` where a metric does not apply."""
     keys = [key for key in COLUMNS if any(key in result for result in results.values())]
     width = max(len(name) for name in results)
     print(" " * width + "".join(f"{COLUMNS[key]:>12}" for key in keys))
     for name, result in results.items():
-        cells = (
-            "-" if result.get(key) is None
-            else str(result[key]) if key == "pairs" else f"{100 * result[key]:.1f}"
-            for key in keys
-        )  # fmt: skip
+        cells = (str(result[key]) if key == "pairs" else percent(result.get(key)) for key in keys)
         print(f"{name:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
 
 
@@ -424,9 +424,7 @@ def print_comparison(results):
     print("\n" + " " * width + "".join(f"{COLUMNS[key]:>16}" for key in keys))
     print(" " * width + f"{' -> '.join(policies):>16}" * len(keys))
     for name in first:
-        cells = (" -> ".join(
-            "-" if results[p][name].get(key) is None else f"{100 * results[p][name][key]:.1f}"
-            for p in policies) for key in keys)
+        cells = (" -> ".join(percent(results[p][name].get(key)) for p in policies) for key in keys)
         print(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
 
 

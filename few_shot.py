@@ -29,9 +29,20 @@ def choice(record):
     if "chosen" not in record:
         raise UserError(f"{record.get('where', 'a record')}: field 'chosen': missing; a user's "
                         "earlier choices are pairs of answers")
-    prompt = record["prompt"]
-    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    prompt = data.prompt_turns(record)[-1]["content"]
     return {"prompt": prompt, "chosen": record["chosen"], "rejected": record["rejected"]}
+
+
+def user_of(record):
+    if "user" not in record:
+        raise UserError(f"{record.get('where', 'a record')}: field 'user': missing; the context "
+                        "of a choice is what else its user chose")
+    return record["user"]
+
+
+def pair_of(found):
+    """What a choice was between: the prompt and both answers, whichever was chosen."""
+    return found["prompt"], *sorted((found["chosen"], found["rejected"]))
 
 
 class Contexts:
@@ -54,24 +65,13 @@ class Contexts:
         source = records if source is None else source
         self.choices, by_user = list(map(choice, source)), defaultdict(dict)
         for i, record in enumerate(source):
-            by_user[self.user(record)].setdefault(self.pair(self.choices[i]), i)
+            by_user[user_of(record)].setdefault(pair_of(self.choices[i]), i)
         self.pools = []
         for record in records:
-            prompt, *answers = self.pair(choice(record))
-            others = by_user.get(self.user(record), {})
+            prompt, *answers = pair_of(choice(record))
+            others = by_user.get(user_of(record), {})
             self.pools.append([i for (its_prompt, *its_answers), i in others.items()
                                if its_prompt != prompt or not {*its_answers} & {*answers}])
-
-    @staticmethod
-    def user(record):
-        if "user" not in record:
-            raise UserError(f"{record.get('where', 'a record')}: field 'user': missing; the "
-                            "context of a choice is what else its user chose")
-        return record["user"]
-
-    @staticmethod
-    def pair(found):
-        return found["prompt"], *sorted((found["chosen"], found["rejected"]))
 
     def draw(self, row, n, rng):
         """n of the choices of the user of a row, or all where there are fewer.

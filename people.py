@@ -71,9 +71,10 @@ def read_answers(path, n_statements, people):
     if not found:
         raise UserError(f"{path}: no answers of the people of training")
     found = np.array(found, dtype=float)
-    if np.isnan(found).all(axis=0).any():
-        raise UserError(f"{path}: statement {np.isnan(found).all(axis=0).argmax()}: no person of "
-                        "training answers it")
+    unanswered = np.isnan(found).all(axis=0)
+    if unanswered.any():
+        raise UserError(f"{path}: statement {unanswered.argmax()}: no person of training answers "
+                        "it")
     return found
 
 
@@ -82,7 +83,7 @@ def hold_out(records, n, seed):
 
     Raises UserError where there are too few people.
     """
-    people = sorted({str(few_shot.Contexts.user(record)) for record in records})
+    people = sorted({str(few_shot.user_of(record)) for record in records})
     if len(people) <= n:
         raise UserError(f"--held_out {n}: there are {len(people)} people")
     random.Random(seed).shuffle(people)
@@ -99,7 +100,7 @@ def split(trained, unseen, test_rows):
     trained, unseen: the records of some people and of others. Raises UserError where a person is
     on both sides, or a group or user is missing.
     """
-    people = {str(few_shot.Contexts.user(record)) for record in trained}
+    people = {str(few_shot.user_of(record)) for record in trained}
     files, tested = {"train": [], "train-b": [], "val-a": [], "val-b": [], "test": []}, Counter()
     for record in trained + unseen:
         group = record.get("meta", {}).get("group")
@@ -108,7 +109,7 @@ def split(trained, unseen, test_rows):
     for record in trained:
         files["train" if record["meta"]["group"] == "a" else "train-b"].append(record)
     for record in unseen:
-        user, group = str(few_shot.Contexts.user(record)), record["meta"]["group"]
+        user, group = str(few_shot.user_of(record)), record["meta"]["group"]
         if user in people:
             raise UserError(f"{record['where']}: field 'user': is one of the people of training")
         files[f"val-{group}"].append(record)

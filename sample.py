@@ -176,13 +176,6 @@ def answer(model, tokenizer, records, max_new_tokens=200, generator=None, z=None
     return [tokenizer.decode(tokens) for tokens in found]
 
 
-def read_examples(name):
-    """The `examples` tier from a file of preference data: [{prompt, chosen, rejected}, ...]."""
-    if not name:
-        return []
-    return [few_shot.choice(row) for row in data.read_records(name)]
-
-
 def meta_prompt(system, preference, examples):
     tiers = {"system": system, "preference": preference, "examples": examples}
     return {tier: content for tier, content in tiers.items() if content}
@@ -242,7 +235,8 @@ def main(options):
         return
     model, tokenizer = load_checkpoint(options.ckpt, device, PRECISIONS[precision])
     model = for_inference(model, sampling=True)
-    examples = read_examples(options.examples)
+    rows = data.read_records(options.examples) if options.examples else []
+    examples = [few_shot.choice(row) for row in rows]
     generator = torch.Generator(device).manual_seed(options.seed)
     names = ("temperature", "top_k", "top_p", "max_new_tokens")
     settings = {name: getattr(options, name) for name in names} | {"generator": generator}

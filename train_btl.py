@@ -190,7 +190,7 @@ def choices_by_user(records, features):
         if record.get("label_prob", 1.0) < 1:
             raise UserError(f"{record['where']}: field 'label_prob': NP-BTL needs certain labels")
         found = few_shot.choice(record)
-        by_user[few_shot.Contexts.user(record)].setdefault(few_shot.Contexts.pair(found), found)
+        by_user[few_shot.user_of(record)].setdefault(few_shot.pair_of(found), found)
     return [features(list(found.values())) for found in by_user.values()]
 
 

@@ -21,7 +21,6 @@ import few_shot
 import train_sft
 import world
 from common import UserError
-from few_shot import Features
 from model import (
     AdaptersOff,
     adapt,
@@ -146,6 +145,7 @@ class Watch:
         for name, records, shown, alone, flips in self.sets:
             z = few_shot.latents(policy, records) if self.latent else None
             logps = evaluate.pair_logps(policy, shown, self.micro_tokens, z=z)
+            # What stands in for policy_alone and reference does not enter these two metrics.
             found = evaluate.steerability(logps, alone, logps, alone, flips)
             result[name] = {metric: float(found[metric][1].mean())
                             for metric in ("accuracy", "flip_accuracy") if metric in found}
@@ -230,7 +230,7 @@ def main(options):
         reference = for_inference(reference)
     if options.latent:
         add_latent(policy, options.latent, options.seed)
-        policy.features = Features(reference, tokenizer, options.micro_tokens)
+        policy.features = few_shot.Features(reference, tokenizer, options.micro_tokens)
     policy.train()
     policy.checkpointing = options.activation_checkpointing
     spread = distributed.spread(policy, options.fsdp)
@@ -303,13 +303,13 @@ def main(options):
         for n, (micro, weight) in enumerate(shares, 1):
             distributed.sync_gradients(spread, n == len(shares))
             trees = pack([batch[i].tree for i in micro], device)
-            of = [rows[i] for i in micro]
+            micro_rows = [rows[i] for i in micro]
             with common.autocast(device, precision):
                 if options.latent:
-                    trees.z = few_shot.latents(policy, [records[i] for i in of])
+                    trees.z = few_shot.latents(policy, [records[i] for i in micro_rows])
                 logps = answer_logps(spread, trees).view(-1, 2)  # (pairs, chosen and rejected)
-            reference_now = reference_all[of].to(device)
-            label_prob = label_probs[of].to(device)
+            reference_now = reference_all[micro_rows].to(device)
+            label_prob = label_probs[micro_rows].to(device)
             losses, chosen_rewards, rejected_rewards = dpo_loss(
                 logps[:, 0], logps[:, 1], reference_now[:, 0], reference_now[:, 1],
                 options.beta, label_prob,
@@ -327,7 +327,8 @@ def main(options):
             }  # fmt: skip
             if options.latent:  # a policy that does not listen yet teaches the encoder nothing
                 with common.autocast(device, precision):
-                    rewards = few_shot.rewards(policy, [records[i] for i in of], trees.z)
+                    rewards = few_shot.rewards(policy, [records[i] for i in micro_rows], trees.z)
+                # With beta 1 and no reference DPO's loss is that of Bradley and Terry.
                 numbers["loss/btl"] = dpo_loss(*rewards.T, 0.0, 0.0, 1.0, label_prob)[0]
                 numbers["loss"] = numbers["loss"] + options.btl_weight * numbers["loss/btl"]
             loss = numbers["loss"].sum() / len(batch)

@@ -24,7 +24,7 @@ from sample import load_start, start_of
 class Options:
     """Supervised fine-tuning on prompts and responses, from scratch or from a checkpoint."""
 
-    data: str = "world"  # world, users, or files of {prompt, response}, separated by commas
+    data: str = "world"  # world, users, or files of {prompt, response} or pairs, comma-separated
     context: int = 0  # few-shot: show up to this many other choices of a row's user
     init_from: str = "scratch"  # scratch, finished run, Hugging Face folder or org/name
     tokenizer: str = "world"  # from scratch: world, gpt2 or a FILE.tiktoken
@@ -151,9 +151,9 @@ def main(options):
         # The loss is the mean over all learned tokens of the step, however it is cut.
         mean_loss = 0.0
         shares = data.shares(batch, options.micro_tokens, distributed.RANK, distributed.WORLD)
-        for n, (rows, weight) in enumerate(shares, 1):
+        for n, (micro, weight) in enumerate(shares, 1):
             distributed.sync_gradients(spread, n == len(shares))
-            trees = pack([batch[i].tree for i in rows], device)
+            trees = pack([batch[i].tree for i in micro], device)
             with common.autocast(device, precision):
                 token_logps = answer_token_logps(spread, trees)
             loss = -weight * token_logps.sum() / n_learned
