@@ -336,7 +336,7 @@ def sample_ours(init_from, prompts, device, precision):
 
     def write(prompts, n):
         with common.autocast(device, precision):
-            return generate(model, prompts, -1, n)
+            return generate(model, prompts, (), n)
 
     return time_sampling(write, prompts)
 

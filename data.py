@@ -58,6 +58,7 @@ class Tokenizer:
         )
         self.vocab_size = first + len(SPECIAL_TOKENS)
         self.end = self.special["<|end|>"]
+        self.ends = [self.end]  # a pretrained model may stop at other tokens too
 
     def encode(self, text):
         """Ordinary tokens only: no text can produce a special token."""

@@ -45,14 +45,18 @@ def read_config(path):
         if asked.get(key):
             refuse(key, "is not supported")
     context = number("max_position_embeddings")
+    layers = asked.get("layer_types") or []
+    if not isinstance(layers, list):
+        refuse("layer_types", "must be a list")
     windowed = asked.get("use_sliding_window", family == "mistral")
+    if layers and family != "mistral":
+        windowed = windowed and "sliding_attention" in layers
     window = asked.get("sliding_window", 4096) if windowed else None
     if window is not None and not (is_positive(window) and window >= context):
         refuse("sliding_window", "a window is not supported; the model is exact up to that "
                f"length, with max_position_embeddings {window} instead of {context}")  # fmt: skip
     exact = ["full_attention", "sliding_attention"] if windowed else ["full_attention"]
-    layers = asked.get("layer_types") or []
-    if not isinstance(layers, list) or any(kind not in exact for kind in layers):
+    if any(kind not in exact for kind in layers):
         refuse("layer_types", f"must all be {' or '.join(exact)}")
     n_embd, n_head = number("hidden_size"), number("num_attention_heads")
     as_heads = n_head if family == "llama" or "num_key_value_heads" in asked else None
@@ -142,13 +146,12 @@ def their_names(config):
 def weight_files(folder):
     """{their tensor's name: file}. Raises UserError when the folder has no safetensors."""
     safetensors = needed("safetensors")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
+    path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.exists() and not path.exists():
         where = common.load_json(index).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
             raise UserError(f"{index}: field 'weight_map': must map tensors to files")
         return {name: folder / Path(file).name for name, file in where.items()}
-    path = folder / "model.safetensors"
     if not path.exists():
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".safetensors"))
         raise UserError(f"{folder}: model.safetensors is missing, and {index.name} too (here: "
@@ -215,7 +218,11 @@ def find(name):
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if folder.parent.is_dir() or not re.fullmatch(r"(?!out/)[\w-][\w.-]*/[\w.-]+", str(name)):
+    on_hub = re.fullmatch(r"(?!out/)[\w-][\w.-]*/[\w.-]+", str(name))
+    if on_hub and folder.parent.is_dir():
+        raise UserError(f"{name}: no such checkpoint folder, and not looked for on the hub, since "
+                        f"there is a folder {folder.parent} here")
+    if not on_hub:
         raise UserError(f"{name}: no such checkpoint folder")
     return from_hub(str(name))
 
@@ -291,8 +298,6 @@ def their_config(config, tokenizer):
     if config.qk_norm and config.qkv_bias:
         raise UserError("--export: no Hugging Face family has both query/key norm and bias")
     family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
-    if family == "qwen2" and config.head_size * config.n_head != config.n_embd:
-        raise UserError("--export: qwen2 has no head size of its own")
     scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
     return {
         "architectures": [f"{family.capitalize()}ForCausalLM"], "model_type": family,
@@ -303,7 +308,8 @@ def their_config(config, tokenizer):
         "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "rope_scaling": scaling,
         "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
         "tie_word_embeddings": config.tied, "dtype": "float32", "torch_dtype": "float32",
-        "bos_token_id": None, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end,
+        "bos_token_id": None, "pad_token_id": tokenizer.end,
+        "eos_token_id": tokenizer.ends if len(tokenizer.ends) > 1 else tokenizer.end,
     }  # fmt: skip
 
 

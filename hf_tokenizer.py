@@ -9,12 +9,12 @@ letters and digits that came after Unicode 16. A template that shows the date (L
 other tokens each day, so a run started on one day is not resumed on another.
 """
 
+import itertools
 import json
 import re
 import unicodedata
 from datetime import datetime
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import jinja2
@@ -27,6 +27,7 @@ from common import UserError, content_hash, first_line, load_json, write_atomica
 from data import TEXT_TIERS, prompt_turns
 
 CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
+MODEL_CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", *CONFIGS)
 
 # ---------------------------------------------------------------- added tokens
@@ -139,7 +140,7 @@ def last_parts(token, priority):
     """
     parts, never = list(token), len(priority)
     while len(parts) > 2:
-        waiting = [priority.get(pair, never) for pair in pairwise(parts)]
+        waiting = [priority.get(pair, never) for pair in itertools.pairwise(parts)]
         if min(waiting) == never:
             break
         i = waiting.index(min(waiting))
@@ -157,7 +158,7 @@ class ByteLevel:
     def __init__(self, spec, added):
         self.check(spec, added)
         self.pattern = split_pattern(spec["pre_tokenizer"])
-        self.nfc = bool(spec.get("normalizer"))
+        self.nfc = bool(steps_of(spec.get("normalizer"), "normalizers"))
         self.first = AddedTokens({c: t for c, t in added.items() if not t["normalized"]})
         self.second = AddedTokens({self.normalize(content): token
                                    for content, token in added.items() if token["normalized"]})
@@ -353,6 +354,11 @@ def example_text(example):
             f"Answer passed over: {example['rejected']}")
 
 
+def content_of(token):
+    """The text of a token as configs give it: the text itself or an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
 def meta_prompt(record):
     """System, preference and examples as one text, "" when all are absent."""
     tiers = [record.get(tier) for tier in TEXT_TIERS]
@@ -360,6 +366,16 @@ def meta_prompt(record):
 
 
 # ---------------------------------------------------------------- the tokenizer
+
+
+def known_ids(*configs):
+    """{"bos_token_id": ids, "eos_token_id": ids} as a model's configs give them, the last first."""
+    ids = {}
+    for key, config in itertools.product(("bos_token_id", "eos_token_id"), configs):
+        given = config.get(key)
+        given = [i for i in (given if isinstance(given, list) else [given]) if type(i) is int]
+        ids |= {key: given} if given else {}
+    return ids
 
 
 class HfTokenizer:
@@ -377,32 +393,41 @@ class HfTokenizer:
     def __init__(self, folder):
         self.folder, self.name, self.skeletons = folder, folder.resolve().name, {}
         spec = load_json(folder / "tokenizer.json")
-        names = [name for name in (*TOKENIZER_FILES, "generation_config.json")
-                 if (folder / name).exists()]  # fmt: skip
-        config = {}
-        for name in CONFIGS:
-            config |= load_json(folder / name) if name in names else {}
-        tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
-        self.variables = {k: v for k, v in tokens.items()
-                          if k.endswith("_token") and isinstance(v, str)}  # fmt: skip
+        names = [name for name in (*TOKENIZER_FILES, *MODEL_CONFIGS) if (folder / name).exists()]
+        read = {name: load_json(folder / name) if name in names else {}
+                for name in (*CONFIGS, *MODEL_CONFIGS)}  # fmt: skip
+        config = read[CONFIGS[0]] | read[CONFIGS[1]]
+        self.variables = {k: content_of(v) for k, v in config.items()
+                          if k.endswith("_token") and isinstance(content_of(v), str)}  # fmt: skip
         self.read(spec, config)
-        if "eos_token" not in self.variables and "generation_config.json" in names:
-            eos = load_json(folder / "generation_config.json").get("eos_token_id")
-            for content, token in self.added.items():
-                if token["id"] in (eos if isinstance(eos, list) else [eos]):
-                    self.variables.setdefault("eos_token", content)
+        ids = known_ids(read["config.json"], read["generation_config.json"])
         self.template_path, template = find_template(folder, config)
+        self.files = {name: (folder / name).read_bytes() for name in names if name != "config.json"}
+        # What is trained or exported shall bring what is missing: these and, below, a template.
+        if any(read["generation_config.json"].get(key) is None for key in ids):
+            self.bring("generation_config.json", read["generation_config.json"] | ids)
         if not template:
             say_once(f"{folder}: no chat template, turns are written as User: and Assistant:")
-        self.template = self.attempt(compile_template, source=template or DEFAULT_TEMPLATE)
-        self.probe()
-        self.files = {name: (folder / name).read_bytes() for name in names}
-        if not template:  # what is trained or exported shall bring it
             self.files["chat_template.jinja"] = DEFAULT_TEMPLATE.encode()
+            by_id = {token["id"]: content for content, token in self.added.items()}
+            named = {key.removesuffix("_id"): by_id[found[0]] for key, found in ids.items()
+                     if found[0] in by_id}  # fmt: skip
+            if named.keys() - self.variables.keys():
+                self.variables = named | self.variables
+                self.bring("tokenizer_config.json", read["tokenizer_config.json"] | self.variables)
+        self.template = self.attempt(compile_template, source=template or DEFAULT_TEMPLATE)
+        self.probe(ids.get("eos_token_id", []))
+
+    def bring(self, name, content):
+        self.files[name] = json.dumps(content, indent=2).encode()
 
     def read(self, spec, config):
+        named = set(self.variables.values())
         try:
-            self.added = added_tokens(spec, config, set(self.variables.values()))
+            for kind in ("additional_special_tokens", "extra_special_tokens"):
+                more = config.get(kind) or []
+                named |= set(map(content_of, more.values() if isinstance(more, dict) else more))
+            self.added = added_tokens(spec, config, named)
             try:
                 self.model = ByteLevel(spec, self.added)
             except Unsupported as error:
@@ -417,15 +442,21 @@ class HfTokenizer:
         self.vocab_size = max(self.model.bytes) + 1
         self.special = {token["id"] for token in self.added.values() if token["special"]}
 
-    def probe(self):
-        """Learn from the template which token ends an answer and whether it takes a system turn."""
+    def probe(self, model_ends):
+        """Learn from the template which token ends an answer and whether it takes a system turn.
+
+        `model_ends`: ids at which the model stops too.
+        """
         items = self.split(self.fill(("user", "assistant"), False, False))
         after = self.special_only(items[items.index(chr(ord(META) + 2)) :])
         eos = self.added.get(self.variables.get("eos_token"), {}).get("id")
-        self.end = after[0] if after else eos
-        if self.end is None:
+        self.ends = after[:1] or [eos] * (eos is not None)
+        self.ends += [token for token in model_ends if token not in self.ends]
+        if not self.ends:
             raise UserError(f"{self.folder / 'tokenizer_config.json'}: field 'eos_token': missing, "
-                            "and the chat template ends no answer with a special token")
+                            "no config names an eos_token_id, and the chat template ends no answer "
+                            "with a special token")
+        self.end = self.ends[0]
         self.fill(("user",), False, True)
         try:
             self.fill(("user",), True, True)

@@ -842,12 +842,13 @@ def next_token(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 
 
 @torch.no_grad()
-def generate(model, prompts, end_token, max_new_tokens, generator=None, z=None, **sampling):
+def generate(model, prompts, ends, max_new_tokens, generator=None, z=None, **sampling):
     """Answers to prompts (lists of tokens of any lengths): lists of tokens, without the end token.
 
-    An answer stops at `end_token`, at `max_new_tokens` or at the model's block size. z (prompts,
-    n_latent) steers each; `sampling` is passed to `next_token`. Finished sequences leave the batch;
-    where steps are captured, when at most half of it goes on, as a smaller batch is captured anew.
+    An answer stops at any of the tokens `ends`, at `max_new_tokens` or at the model's block size.
+    z (prompts, n_latent) steers each; `sampling` is passed to `next_token`. Finished sequences
+    leave the batch; where steps are captured, when at most half of it goes on, as a smaller batch
+    is captured anew.
     """
     config, device = model.config, model.embedding.weight.device
     dtype = matmul_dtype(device)
@@ -869,9 +870,9 @@ def generate(model, prompts, end_token, max_new_tokens, generator=None, z=None, 
     while True:
         chosen = next_token(model.logits(outputs), generator=generator, **sampling)
         for i, token in zip(batch, chosen.tolist(), strict=True):
-            if i in alive and token != end_token:
+            if i in alive and token not in ends:
                 answers[i].append(token)
-            if token == end_token or len(answers[i]) == room[i]:
+            if token in ends or len(answers[i]) == room[i]:
                 alive.discard(i)
         if not alive:
             return answers

@@ -75,7 +75,8 @@ def load_run(folder, device, dtype):
     """`load_checkpoint` of one of our runs: its weights, or adapters on its starting model."""
     weights = common.finished(folder)
     if not weights:
-        raise UserError(f"{folder}: no finished run here (model.pt is missing)")
+        raise UserError(f"{folder}: no finished run here (model.pt is missing), and no Hugging "
+                        "Face model (config.json with a model_type)")
     tokenizer, _ = load_tokenizer(folder)
     config = common.load_json(folder / "config.json")
     tensors = common.load_tensors(weights)
@@ -172,7 +173,7 @@ def answer(model, tokenizer, records, max_new_tokens=200, generator=None, z=None
             z = few_shot.latents(model, records) if z is None else z
         records = [few_shot.without_examples(record) for record in records]
     prompts = [e.trunk for e in data.encode_all(records, tokenizer, room, "prompts")]
-    found = generate(model, prompts, tokenizer.end, max_new_tokens, generator, z, **sampling)
+    found = generate(model, prompts, tokenizer.ends, max_new_tokens, generator, z, **sampling)
     return [tokenizer.decode(tokens) for tokens in found]
 
 

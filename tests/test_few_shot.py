@@ -235,7 +235,7 @@ def test_steered_generation_with_a_cache_equals_that_without(equal, captured, mo
     prompts = [draw(rng, 3) + draw(rng, n) for n in (1, 5, 9, 2)]
     z = torch.randn(4, 3)
     z = z[:1].expand(4, 3) if equal else z
-    answers = generate(model, prompts, 0, 12, z=z)
+    answers = generate(model, prompts, [0], 12, z=z)
     for prompt, answer, mine in zip(prompts, answers, z, strict=True):
         tokens = list(prompt)
         for _ in range(12):
@@ -246,7 +246,7 @@ def test_steered_generation_with_a_cache_equals_that_without(equal, captured, mo
                 break
             tokens.append(token)
         assert tokens[len(prompt):] == answer
-    assert generate(model, prompts, 0, 12) != answers
+    assert generate(model, prompts, [0], 12) != answers
 
 
 # ---------------------------------------------------------------- features

@@ -1,6 +1,5 @@
 """Models of the Llama family from Hugging Face folders and back: the same numbers as theirs."""
 
-import dataclasses
 import json
 import math
 import os
@@ -73,7 +72,7 @@ def assert_same_model(theirs, model, n_new=64):
     assert expected.std() > 0.5
     assert (our_logits(model, tokens) - expected).abs().max() < 1e-4
     prompts = texts(vocab_size, 5, 100, 1)
-    found = generate(model, prompts, -1, n_new)
+    found = generate(model, prompts, (), n_new)
     assert len({token for answer in found for token in answer}) > 10
     for prompt, answer in zip(prompts, found, strict=True):
         answered = theirs.generate(
@@ -244,6 +243,7 @@ def test_config_that_lacks_a_size_is_refused(tmp_path):
     MISTRAL | {"sliding_window": None}, MISTRAL | {"sliding_window": 256}, MISTRAL,
     MISTRAL | LONG | {"sliding_window": 5000}, QWEN2 | LONG | {"sliding_window": 64},
     WINDOWED | {"sliding_window": 256}, QWEN2 | {"layer_types": ["full_attention"] * 2},
+    WINDOWED | LONG | {"layer_types": ["full_attention"] * 2},
     {"rope_scaling": None}, {"partial_rotary_factor": 1.0}, {"quantization_config": None},
     {"torch_dtype": "bfloat16", "attention_dropout": 0.0, "pretraining_tp": 1},
 ])  # fmt: skip
@@ -272,10 +272,10 @@ def exported(tmp_path):
     return folder
 
 
-def tensors_of(folder):
+def tensors_of(folder, name="model.safetensors"):
     from safetensors.torch import load_file
 
-    return load_file(Path(folder) / "model.safetensors")
+    return load_file(Path(folder) / name)
 
 
 def write_tensors(folder, tensors, name="model.safetensors"):
@@ -376,6 +376,18 @@ def sharded(exported):
     where = {name: file for file, part in files.items() for name in part}
     common.save_json(exported / "model.safetensors.index.json", {"weight_map": where})
     return exported
+
+
+def test_one_file_goes_before_an_index(sharded):
+    """As for transformers, whose save_pretrained may leave an old index behind."""
+    tensors = dict(hf_model.read_weights(sharded, hf_model.read_config(sharded / "config.json")))
+    theirs = {}
+    for file in ("a.safetensors", "b.safetensors"):
+        theirs |= tensors_of(sharded, file)
+        (sharded / file).unlink()
+    write_tensors(sharded, {name: tensor + 1 for name, tensor in theirs.items()})
+    model, _ = sample.load_checkpoint(sharded, CPU)
+    assert torch.equal(model.norm.weight, tensors["norm.weight"] + 1)
 
 
 def test_index_of_several_files(sharded):
@@ -618,16 +630,43 @@ def test_export_into_a_folder_in_use_is_refused(tmp_path, byte_tokenizer, conten
         hf_model.export(folder / content, new_model(), byte_tokenizer)
 
 
-@pytest.mark.parametrize("change", [
-    {"qkv_bias": True}, {"qkv_bias": True, "qk_norm": False, "head_size": 12},
-])  # fmt: skip
-def test_export_of_what_no_family_has_is_refused(change, tmp_path, byte_tokenizer):
+def test_export_of_what_no_family_has_is_refused(tmp_path, byte_tokenizer):
     pytest.importorskip("safetensors")
-    config = ModelConfig(byte_tokenizer.vocab_size, 64, 1, 4, 2, 32, 48)
+    config = ModelConfig(byte_tokenizer.vocab_size, 64, 1, 4, 2, 32, 48, qkv_bias=True)
     with pytest.raises(UserError, match="--export: "):
-        hf_model.export(tmp_path / "out", new_model(dataclasses.replace(config, **change)),
-                        byte_tokenizer)  # fmt: skip
+        hf_model.export(tmp_path / "out", new_model(config), byte_tokenizer)
     assert not (tmp_path / "out").exists()
+
+
+def test_qwen2_with_a_head_size_of_its_own(tmp_path):
+    theirs = their_model("qwen2", head_dim=12)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = ours(tmp_path / "theirs")
+    byte_tokenizer = data.Tokenizer("bytes", r"\s+|\S+", {bytes([b]): b for b in range(80)})
+    hf_model.export(tmp_path / "ours", model, byte_tokenizer)
+    assert_same_model(type(theirs).from_pretrained(tmp_path / "ours"), model)
+
+
+def test_an_answer_ends_at_any_of_the_end_tokens_of_the_model(smol):
+    """Here, in transformers and in what is exported, also where only config.json lists them."""
+    import transformers
+
+    model, tokenizer = sample.load_checkpoint(smol, CPU)
+    ids = tokenizer.render({"prompt": "Do you like it?"})
+    [free] = generate(model, [ids], (), 12)
+    stop = next(i for i in range(3, 12) if free[i] not in free[:i])
+    change_config(smol, eos_token_id=[tokenizer.end, free[stop]])
+    Path(smol, "generation_config.json").unlink(missing_ok=True)
+    model, tokenizer = sample.load_checkpoint(smol, CPU)
+    hf_model.export("out/ended", model, tokenizer)
+    for folder in (smol, "out/ended"):
+        model, tokenizer = sample.load_checkpoint(folder, CPU)
+        assert sample.answer(model, tokenizer, [{"prompt": "Do you like it?"}], 12) == [
+            tokenizer.decode(free[:stop])
+        ]
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        found = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
+        assert found[0, len(ids) :].tolist() == free[: stop + 1]
 
 
 # ---------------------------------------------------------------- the whole path
@@ -710,7 +749,7 @@ def test_answer_under_a_preference_is_that_of_transformers(smol):
             ids = render_of(their_tokenizer, messages)
             assert tokenizer.render(row) == ids
             found = theirs.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)
-            [answer] = generate(model, [ids], tokenizer.end, 20)
+            [answer] = generate(model, [ids], tokenizer.ends, 20)
             assert found[0, len(ids) :].tolist() in (answer, [*answer, tokenizer.end])
 
 
@@ -827,6 +866,8 @@ def test_models_of_the_hub_are_found_in_its_cache(exported, tmp_path, monkeypatc
     assert message.startswith("error: org/nothing: no such folder here, and not to be had from the")
     assert "\n" not in message and len(message) < 400
     found.pop("")
+    assert found.pop("org2/x").endswith("not looked for on the hub, since there is a folder org2 "
+                                        "here")
     for name, message in found.items():
         assert message == f"error: {name}: no such checkpoint folder"
 

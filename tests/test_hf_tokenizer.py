@@ -518,6 +518,18 @@ def test_tokens_that_the_configuration_names_are_special(write_folder):
     assert ours.encode("<|im_start|>") == [257]
 
 
+@pytest.mark.parametrize("more", [
+    {"additional_special_tokens": ["<|im_start|>"]},
+    {"extra_special_tokens": {"turn_token": "<|im_start|>"}},
+    {"extra_special_tokens": [FLAGS | {"content": "<|im_start|>"}]},
+])  # fmt: skip
+def test_further_special_tokens_of_the_configuration(write_folder, more):
+    spec = by_hand()
+    spec["added_tokens"][1]["special"] = False
+    ours = HfTokenizer.load(write_folder(spec, config=CONFIG | more))
+    assert max(ours.encode("<|im_start|>")) < 256
+
+
 def test_added_tokens_of_the_configuration(write_folder):
     spec = by_hand()
     *spec["added_tokens"], last = spec["added_tokens"]
@@ -531,6 +543,42 @@ def test_normalized_added_tokens_are_sought_in_normalized_text(write_folder):
     spec["added_tokens"].append(FLAGS | {"id": 261, "content": "\u212b", "normalized": True})
     ours = HfTokenizer.load(write_folder(spec))
     assert ours.encode("A\u030a") == ours.encode("\u00c5") == [261]
+
+
+def test_steps_of_a_normalizer_that_are_none(write_folder):
+    nothing = {"normalizer": {"type": "Sequence", "normalizers": []}}
+    ours = HfTokenizer.load(write_folder(by_hand() | nothing))
+    assert ours.encode("A\u030a") == [*"A\u030a".encode()]
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_folder_whose_tokens_are_known_by_number_alone(write_folder, tmp_path, name):
+    """Neither tokenizer_config.json nor a template; what is saved is read as the same."""
+    folder = write_folder(by_hand(), None, {})
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="field 'eos_token': missing, no config names an eos_tok"):
+        HfTokenizer.load(folder)
+    (folder / name).write_text(json.dumps({"bos_token_id": 259, "eos_token_id": [260, 256]}))
+    ours = HfTokenizer.load(folder)
+    ours.save(tmp_path)
+    turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user")]
+    text = "<s>User:\nu\n\nAssistant:\na</s>\n\nUser:\nu\n\nAssistant:\n"
+    for tokenizer in (ours, HfTokenizer.load(tmp_path)):
+        assert (tokenizer.end, tokenizer.ends) == (260, [260, 256])
+        assert tokenizer.decode(tokenizer.render({"prompt": turns})) == text
+        assert tokenizer.describe() == ours.describe()
+
+
+def test_the_template_goes_before_the_numbers(write_folder):
+    """A base model's folder: the template ends a turn, the model may stop elsewhere too."""
+    template = CHATML + "{{ bos_token }}{{ eos_token }}"
+    folder = write_folder(by_hand(), template, {})
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 259, "eos_token_id": 256}))
+    ours = HfTokenizer.load(folder)
+    assert (ours.end, ours.ends) == (258, [258, 256])
+    assert ours.decode(ours.render({"prompt": "a"})).endswith("<|im_start|>assistant\n")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 260]}))
+    assert HfTokenizer.load(folder).ends == [258, 260]
 
 
 def test_folder_without_template(write_folder, capsys, tmp_path):

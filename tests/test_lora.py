@@ -119,7 +119,7 @@ def test_training_changes_the_adapters_and_nothing_else():
 
 def test_adapters_off_is_the_model_without_them_also_after_training():
     model, trees, prompts = new_model(), pack(draw_trees(2)), [[1, 2, 3], [4, 5]]
-    before, answers = logps(model, trees), generate(model, prompts, -1, 10)
+    before, answers = logps(model, trees), generate(model, prompts, (), 10)
     adapt(model, 3)
     off = AdaptersOff(model)
     assert torch.equal(logps(off, trees), before)
@@ -127,7 +127,7 @@ def test_adapters_off_is_the_model_without_them_also_after_training():
     after = logps(model, trees)
     assert (after - before).abs().min() > 0.1
     assert torch.equal(logps(off, trees), before)
-    assert generate(off, prompts, -1, 10) == answers != generate(model, prompts, -1, 10)
+    assert generate(off, prompts, (), 10) == answers != generate(model, prompts, (), 10)
     assert torch.equal(logps(model, trees), after)  # they are on again
     with pytest.raises(TypeError):
         off(dataclasses.replace(trees, tokens=None))

@@ -234,7 +234,7 @@ def test_logits_are_float32_under_bfloat16_autocast():
     model = new_model()
     outputs = torch.randn(5, CONFIG.n_embd, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        found, answers = model.logits(outputs), generate(model, [[1, 2, 3], [4]], -1, 5)
+        found, answers = model.logits(outputs), generate(model, [[1, 2, 3], [4]], (), 5)
     assert found.dtype == torch.float32 and list(map(len, answers)) == [5, 5]
     assert torch.allclose(found, outputs @ model.head_weight.t(), atol=1e-4)
 
@@ -436,7 +436,7 @@ def test_for_inference_changes_nothing(changes, rank):
             for rows in (expected, expected[:1]):
                 assert torch.allclose(packed.logits(rows), model.logits(rows), atol=1e-4)
         for some in (prompts, prompts[:1]):
-            assert generate(packed, some, -1, 12) == generate(model, some, -1, 12)
+            assert generate(packed, some, (), 12) == generate(model, some, (), 12)
     assert not has_adapters(packed) and all(
         module.weight is None for module in packed.modules() if isinstance(module, Linear))
 
@@ -532,12 +532,12 @@ def test_cached_generation_equals_uncached(captured, monkeypatch):
     model, rng = new_model(), random.Random(3)
     prompts = [draw(rng, n) for n in (1, 17, 4, 9, 2, 9)]
     free = [greedy_uncached(model, prompt, 15) for prompt in prompts]
-    assert generate(model, prompts, -1, 15) == free
+    assert generate(model, prompts, (), 15) == free
     lengths, counts = set(), set()
     for end in range(CONFIG.vocab_size):
         expected = [until(tokens, end) for tokens in free]
         captures.clear()
-        assert generate(model, prompts, end, 15) == expected
+        assert generate(model, prompts, [end], 15) == expected
         counts.add(len(captures))
         lengths.add(len({len(tokens) for tokens in expected}))
     assert max(lengths) > 2  # one batch finished at three different steps or more
@@ -546,10 +546,10 @@ def test_cached_generation_equals_uncached(captured, monkeypatch):
 
 def test_nothing_is_captured_where_processes_talk_to_each_other(monkeypatch):
     captures, model = capture_on_the_cpu(monkeypatch), new_model()
-    answers = generate(model, [[1, 2]], -1, 5)
+    answers = generate(model, [[1, 2]], (), 5)
     assert len(captures) == 1
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert generate(model, [[1, 2]], -1, 5) == answers and len(captures) == 1
+    assert generate(model, [[1, 2]], (), 5) == answers and len(captures) == 1
 
 
 def test_what_prompts_share_runs_once(monkeypatch):
@@ -565,7 +565,7 @@ def test_what_prompts_share_runs_once(monkeypatch):
         return forward(self, x, *args)
 
     monkeypatch.setattr(Block, "forward", watched)
-    assert generate(model, prompts, -1, 9) == expected
+    assert generate(model, prompts, (), 9) == expected
     assert rows[0] == 7 + (4 + 1 + 2 + 1 + 7)  # each keeps its last token, so the trunk has 7
     assert set(rows[CONFIG.n_layer :]) == {5}
 
@@ -576,11 +576,11 @@ def test_generation_stops_at_block_size_and_at_max_new_tokens(captured, monkeypa
         capture_on_the_cpu(monkeypatch)
     model, rng = new_model(), random.Random(4)
     prompts = [draw(rng, n) for n in (3, 40, 38, 31, 39)]  # the block size is 40
-    found = generate(model, prompts, -1, 6)
+    found = generate(model, prompts, (), 6)
     assert [len(tokens) for tokens in found] == [6, 0, 2, 6, 1]
     assert found == [greedy_uncached(model, p, len(a)) for p, a in zip(prompts, found, strict=True)]
-    assert [len(tokens) for tokens in generate(model, prompts, -1, 100)] == [37, 0, 2, 9, 1]
-    assert generate(model, prompts[1:2], -1, 6) == [[]]
+    assert [len(tokens) for tokens in generate(model, prompts, (), 100)] == [37, 0, 2, 9, 1]
+    assert generate(model, prompts[1:2], (), 6) == [[]]
 
 
 def test_sampling_is_reproducible_by_seed():
@@ -588,7 +588,7 @@ def test_sampling_is_reproducible_by_seed():
 
     def sample(seed):
         generator = torch.Generator().manual_seed(seed)
-        return generate(model, prompts, -1, 20, generator, temperature=1.0, top_p=0.95)
+        return generate(model, prompts, (), 20, generator, temperature=1.0, top_p=0.95)
 
     assert sample(0) == sample(0)
     assert sample(0) != sample(1)

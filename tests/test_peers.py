@@ -206,7 +206,7 @@ def test_logits_and_greedy_tokens_of_smollm2():
         largest = max(largest, (expected - found).abs().max().item())
         written = theirs.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False,
                                   pad_token_id=tokenizer.end)[0, len(ids):].tolist()
-        [mine] = generate(ours, [ids], tokenizer.end, 64)
+        [mine] = generate(ours, [ids], tokenizer.ends, 64)
         assert mine == [token for token in written if token != tokenizer.end]
     print(f"largest difference of a logit: {largest:.1e}")
     assert largest < 1e-4
