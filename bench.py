@@ -10,7 +10,9 @@ Each measurement is a process of its own; the sides take turns. The last line is
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -306,12 +308,13 @@ def sampling_prompts(options):
     records = data.read_records(options.pref_data)
     tokenizer, block_size = load_tokenizer(options.init_from)
     first = {k: v for k, v in records[0].items() if k in data.META_PROMPT}
-    queries = list({json.dumps(r["prompt"]): r["prompt"] for r in records}.values())[:8]
-    prompts = [tokenizer.render(first | {"prompt": query}) for query in queries]
-    longest = max(map(len, prompts))
-    if len(prompts) < 8 or longest + NEW_TOKENS > block_size:
-        raise UserError(f"--pref_data {options.pref_data}: needs eight queries that leave room for "
-                        f"{NEW_TOKENS} tokens; has {len(prompts)} of up to {longest} tokens")
+    queries = {json.dumps(r["prompt"]): r["prompt"] for r in records}.values()
+    prompts = (tokenizer.render(first | {"prompt": query}) for query in queries)
+    fitting = (prompt for prompt in prompts if len(prompt) + NEW_TOKENS <= block_size)
+    prompts = list(itertools.islice(fitting, 8))
+    if len(prompts) < 8:
+        raise UserError(f"--pref_data {options.pref_data}: needs eight different queries that "
+                        f"leave room for {NEW_TOKENS} tokens; has {len(prompts)}")
     return prompts
 
 
@@ -543,6 +546,15 @@ def print_result(result):
             print(f"{name:<34}" + (f"{value:.2f}" if isinstance(value, float) else str(value)))
 
 
+PEERS = {  # what the peer is given, in words
+    "train": "the same batches of token ids in the same order, padded to a batch's longest; the "
+             "reference before the first step; autocast; activations kept; nothing saved",
+    "sample": "generate with its cache, greedy, eight prompts padded on the left; weights in the "
+              "same precision",
+    "prefix": "each answer a row of its own behind the prefix, not padded; autocast",
+}  # fmt: skip
+
+
 def main(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
@@ -567,6 +579,10 @@ def main(options):
     if options.what in ("train", "sample"):
         print_result(result)
     conditions = {"options": asdict(options), "precision": precision}
+    if options.vs:
+        versions = {module: importlib.metadata.version(module) for module in modules}
+        conditions["peer"] = versions | {"settings": PEERS[options.what]}
+        print("peer: " + ", ".join(f"{k} {v}" for k, v in conditions["peer"].items()))
     print(json.dumps(result | conditions | common.provenance()))
 
 

@@ -48,12 +48,17 @@ def gather(x):
     return found
 
 
-def spread(model, fsdp):
+def first_device(device, fsdp):
+    """Where to load a model that `spread` gets: no device has to hold one whole that fsdp cuts."""
+    return torch.device("cpu") if fsdp and WORLD > 1 else device
+
+
+def spread(model, fsdp, device):
     """What to call instead of the model, so that backward passes average gradients over processes.
 
-    With fsdp the model's parameters themselves become DTensors: each process keeps a part of the
-    float32 weights, of their gradients and of the optimizer's state. It still loads the model
-    whole, and under autocast holds it once in 16 bits.
+    With fsdp the model's parameters themselves become DTensors, block by block on the device: each
+    process keeps a part of the float32 weights, of their gradients and of the optimizer's state.
+    Under autocast it holds the model once in 16 bits.
     """
     if WORLD == 1:
         return model
@@ -61,7 +66,7 @@ def spread(model, fsdp):
         return DistributedDataParallel(model)
     from torch.distributed.fsdp import fully_shard  # slow to import
 
-    mesh = dist.device_mesh.init_device_mesh(model.embedding.weight.device.type, (WORLD,))
+    mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD,))
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh)
     return model

@@ -59,10 +59,10 @@ def load_preferences(names):
 def add_contexts(datasets, sizes, source=""):
     """The datasets with N choices of each row's user as its examples, for each N of `sizes`.
 
-    The choices are the user's others, or those in the files `source`. Several sizes are several
-    datasets, named `NAME, N=size`.
+    The choices are the user's others in all datasets, or those in the files `source`. Several
+    sizes are several datasets, named `NAME, N=size`.
     """
-    source = [row for _, rows in load_preferences(source) for row in rows] if source else None
+    source = [row for _, rows in (load_preferences(source) if source else datasets) for row in rows]
     return [(f"{name}, N={n}" if len(sizes) > 1 else name,
              few_shot.with_context(records, n, source))
             for name, records in datasets for n in sizes]
@@ -320,9 +320,11 @@ def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens,
     results, alone_logps = {policy: {} for policy in policies}, {}
     latent = any(model.encoder is not None for model in policies.values())
     block_size = min(model.config.block_size for model in (reference, *policies.values()))
-    for name, records in datasets:
-        read = [few_shot.without_examples(r) for r in records] if latent else records
-        shown, alone = encode_both(read, tokenizer, block_size, name)
+    without = few_shot.without_examples
+    read = [[without(r) for r in rows] if latent else rows for _, rows in datasets]
+    encoded = [encode_both(rows, tokenizer, block_size, name)  # what does not fit stops here
+               for (name, _), rows in zip(datasets, read, strict=True)]
+    for (name, records), rows, (shown, alone) in zip(datasets, read, encoded, strict=True):
         logps = {reference: [
             reference_logps(reference, weights, examples, micro_tokens, f"reference, {name}")
             for examples in (shown, alone)
@@ -342,7 +344,7 @@ def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens,
         for policy, model in policies.items():
             found, axes = steerability(*logps[model], *logps[reference], flips), {}
             if name.split(",")[0] in OURS:
-                asked = records if model is not reference else read
+                asked = records if model is not reference else rows
                 generated, axes = score_generated(
                     model, tokenizer, asked, max_new_tokens, f"{policy} answers {name}"
                 )

@@ -34,10 +34,11 @@ def choice(record):
 
 
 def user_of(record):
+    """Whose choice it is, as text: 5 is "5" in another file."""
     if "user" not in record:
         raise UserError(f"{record.get('where', 'a record')}: field 'user': missing; the context "
                         "of a choice is what else its user chose")
-    return record["user"]
+    return str(record["user"])
 
 
 def pair_of(found):
@@ -49,7 +50,7 @@ class Contexts:
     """For each record the choices that its user made elsewhere.
 
     To the same prompt with one of the same answers is not elsewhere: who prefers A to B tells
-    something of A against C.
+    something of A against C. A choice of uncertain label is shown to nobody.
     """
 
     def __init__(self, records, source=None):
@@ -65,6 +66,8 @@ class Contexts:
         source = records if source is None else source
         self.choices, by_user = list(map(choice, source)), defaultdict(dict)
         for i, record in enumerate(source):
+            if record.get("label_prob", 1.0) < 1:
+                continue
             by_user[user_of(record)].setdefault(pair_of(self.choices[i]), i)
         self.pools = []
         for record in records:
@@ -72,6 +75,11 @@ class Contexts:
             others = by_user.get(user_of(record), {})
             self.pools.append([i for (its_prompt, *its_answers), i in others.items()
                                if its_prompt != prompt or not {*its_answers} & {*answers}])
+
+    def require(self):
+        """Raises UserError when there is nothing to show to any record."""
+        if not any(self.pools):
+            raise UserError("--context: no row's user has a choice elsewhere that could be shown")
 
     def draw(self, row, n, rng):
         """n of the choices of the user of a row, or all where there are fewer.
@@ -86,6 +94,8 @@ class Contexts:
 def with_context(records, n, source=None):
     """The records with n choices of their users as `examples`, the same in every call."""
     contexts = Contexts(records, source)
+    if n:
+        contexts.require()
     few = sum(len(pool) < n for pool in contexts.pools)
     if few:
         print(f"{few} of {len(records)} rows have fewer than {n} choices in their context")
@@ -99,6 +109,7 @@ def with_random_contexts(records, rows, most, seed):
     Examples that a record brings give way to them.
     """
     contexts, rng = Contexts(records), random.Random(seed)
+    contexts.require()
     alone = contexts.pools.count([])
     if alone:
         print(f"{alone} of {len(records)} rows have no other choice of their user to be shown")
@@ -172,13 +183,16 @@ def context_tensors(features, contexts):
     return pairs, present.to(found)
 
 
-def latents(model, records, features=None):
+def latents(model, records, features=None, at_once=1024):
     """z of records, from their `examples`: (B, n_latent).
 
     features: how the encoder sees choices, such as a `Features`; default: the model's own.
+    at_once: how many records are read together, which bounds memory.
     """
+    features = features or model.features
     contexts = [record.get("examples", []) for record in records]
-    return model.encoder(*context_tensors(features or model.features, contexts))[0]
+    parts = (contexts[i : i + at_once] for i in range(0, len(contexts), at_once))
+    return torch.cat([model.encoder(*context_tensors(features, part))[0] for part in parts])
 
 
 def rewards(model, records, z):

@@ -238,6 +238,9 @@ def main(options):
     model = for_inference(model, sampling=True)
     rows = data.read_records(options.examples) if options.examples else []
     examples = [few_shot.choice(row) for row in rows]
+    users = {row.get("user") for row in rows}
+    if len(users) > 1:
+        print(f"--examples {options.examples}: the choices of {len(users)} users, read as one's")
     generator = torch.Generator(device).manual_seed(options.seed)
     names = ("temperature", "top_k", "top_p", "max_new_tokens")
     settings = {name: getattr(options, name) for name in names} | {"generator": generator}

@@ -212,7 +212,7 @@ def main(options):
         order.rows = list(range(len(records)))
         held_out = evaluate.add_contexts(held_out, [options.context])
     choices = [record.get("examples") for record in records] if options.latent else []
-    if options.latent and not any(choices):
+    if options.latent and not options.context and not any(choices):
         raise UserError("--latent: no row has choices to read; --context takes them from others")
 
     # 3. Models and tokenizer: the policy starts as the reference. Rows become trees of tokens.
@@ -220,7 +220,8 @@ def main(options):
         first_stage(options, Path(init_from))
     frozen = common.PRECISIONS[precision]
     lora = options.lora_rank > 0
-    policy, tokenizer = load_start(init_from, device, frozen if lora else torch.float32)
+    first = distributed.first_device(device, options.fsdp)
+    policy, tokenizer = load_start(init_from, first, frozen if lora else torch.float32)
     adapt(policy, options.lora_rank, options.seed)
     if lora:
         reference = AdaptersOff(policy)
@@ -233,7 +234,7 @@ def main(options):
         policy.features = few_shot.Features(reference, tokenizer, options.micro_tokens)
     policy.train()
     policy.checkpointing = options.activation_checkpointing
-    spread = distributed.spread(policy, options.fsdp)
+    spread = distributed.spread(policy, options.fsdp, device)
     block_size = min(options.block_size or policy.config.block_size, policy.config.block_size)
     examples = data.encode_all(
         [few_shot.without_examples(r) for r in records] if options.latent else records,

@@ -109,18 +109,19 @@ def main(options):
     records = [data.chosen_as_response(record) for record in records]
 
     # 3. Model and tokenizer. Rows become trees of tokens.
+    first = distributed.first_device(device, options.fsdp)
     if not init_from:
         if options.lora_rank:
             raise UserError("--lora_rank needs a model to start from: --init_from")
         tokenizer = data.load_tokenizer(options.tokenizer)
-        model = new_model(options, tokenizer.vocab_size).to(device)
+        model = new_model(options, tokenizer.vocab_size).to(first)
     else:
         frozen = common.PRECISIONS[precision] if options.lora_rank else torch.float32
-        model, tokenizer = load_start(init_from, device, frozen)
+        model, tokenizer = load_start(init_from, first, frozen)
         adapt(model, options.lora_rank, options.seed)
     model.train()
     model.checkpointing = options.activation_checkpointing
-    spread = distributed.spread(model, options.fsdp)
+    spread = distributed.spread(model, options.fsdp, device)
     block_size = min(options.block_size or model.config.block_size, model.config.block_size)
     examples = data.encode_all(records, tokenizer, block_size, options.data)
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import bench
+from common import UserError
 
 KEYS = {"pairs_per_second", "peak_gib", "tokens_per_second"}
 
@@ -60,3 +61,16 @@ def test_sampling_writes_the_tokens_of_transformers(smol, command, write_rows):
 def test_bench_names_what_it_cannot_do(arguments, named, command):
     status, _, err = command(bench, *arguments)
     assert status == 2 and named in err and len(err.splitlines()) == 1
+
+
+def test_sampling_asks_the_first_eight_queries_that_fit(tiny_run, write_rows):
+    queries = ["a long query " * 20, *"abcdefgh"]
+    rows = [{"prompt": query, "chosen": "x", "rejected": "y"} for query in queries]
+    for n, message in ((9, ""), (8, "needs eight different queries .* has 7$")):
+        path = write_rows("pairs.jsonl", *rows[:n])
+        options = bench.Options("sample", init_from=str(tiny_run), pref_data=str(path))
+        if message:
+            with pytest.raises(UserError, match=message):
+                bench.sampling_prompts(options)
+        else:
+            assert len({*map(tuple, bench.sampling_prompts(options))}) == 8

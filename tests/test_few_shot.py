@@ -93,6 +93,61 @@ def test_a_context_from_another_source_has_the_same_users():
         assert likes_short == bool(record["user"] % 2)
 
 
+def test_a_user_is_the_same_as_a_number_and_as_text():
+    rows = user_rows()
+    as_text = [row | {"user": str(row["user"])} for row in rows]
+    shown = [[r["examples"] for r in few_shot.with_context(some, 3, rows)]
+             for some in (rows, as_text)]  # fmt: skip
+    assert shown[0] == shown[1] and all(map(len, shown[0]))
+
+
+def test_a_choice_of_uncertain_label_is_shown_to_nobody():
+    rows = user_rows()
+    doubtful = {row["prompt"] for row in rows[:2]}
+    rows[0]["label_prob"], rows[1]["label_prob"] = 0.1, 0.9
+    for i, row in enumerate(few_shot.with_context(rows, 9)):
+        asked = {choice["prompt"] for choice in row["examples"]}
+        assert bool(asked & doubtful) == (rows[i]["user"] != rows[0]["user"])
+
+
+def test_choices_are_taken_from_all_files_and_there_have_to_be_some(
+    users, write_rows, command, tmp_path
+):
+    rows = user_rows()
+    names = [write_rows(f"{g}.jsonl", *[r for r in rows if r["meta"]["group"] == g]) for g in "ab"]
+    datasets = evaluate.load_preferences(",".join(map(str, names)))
+    for _, records in evaluate.add_contexts(datasets, [6]):
+        assert all(len(record["examples"]) == 6 for record in records)
+    dpo("out/a", **LATENT)
+    other = write_rows("other.jsonl", *[row | {"user": f"not {row['user']}"} for row in rows])
+    for size, code in (("0", 0), ("2", 2)):
+        status, _, err = command(evaluate, "--ckpt", "out/a", "--pref_data", "users.jsonl",
+                                 "--context", size, "--context_data", other)  # fmt: skip
+        assert status == code and ("no row's user has a choice elsewhere" in err) == bool(code)
+
+
+def test_what_does_not_fit_is_known_before_anything_is_evaluated(users, monkeypatch, command):
+    dpo("out/a", pref_data="users.jsonl", context=1, max_steps=1)
+    monkeypatch.setattr(evaluate, "pair_logps", None)
+    status, _, err = command(evaluate, "--ckpt", "out/a", "--pref_data", "users.jsonl",
+                             "--context", "0", "6")  # fmt: skip
+    assert status == 2 and "users.jsonl:1: field 'examples' (or --context): with it" in err
+
+
+def test_draws_that_show_nothing_are_no_error(users, monkeypatch):
+    monkeypatch.setattr(random.Random, "randint", lambda self, a, b: 0)
+    dpo("out/a", **LATENT | {"max_steps": 1})
+
+
+def test_latents_of_many_records_are_those_of_a_few_at_once(users):
+    dpo("out/a", **LATENT)
+    model, _ = sample.load_checkpoint("out/a", torch.device("cpu"))
+    rows = few_shot.with_context(user_rows(), 4)
+    with torch.no_grad():
+        whole, parts = few_shot.latents(model, rows), few_shot.latents(model, rows, at_once=5)
+    assert len(parts) == 42 and (whole - parts).abs().max() < 1e-5 < whole.std()
+
+
 def test_fewer_choices_than_asked_are_told(capsys):
     assert all(len(r["examples"]) == 6 for r in few_shot.with_context(user_rows(), 9))
     assert "42 of 42 rows have fewer than 9 choices" in capsys.readouterr().out
@@ -502,11 +557,13 @@ def test_sample_reads_examples_as_the_checkpoint_was_trained(users, latent, comm
     write_rows("short.jsonl", *rows[7:11])
     write_rows("long.jsonl", *rows[:4])
     answers = []
-    for name in ("short", "long"):
+    write_rows("both.jsonl", *rows[5:9])
+    for name in ("short", "long", "both"):
         status, out, err = command(sample, "--ckpt", "out/a", "--prompt", "Do you like 9?",
                                    "--examples", f"{name}.jsonl", "--device", "cpu",
                                    "--precision", "fp32")  # fmt: skip
         assert status == 0, err
+        assert ("the choices of 2 users" in out) == (name == "both")
         answers.append(out)
     assert answers[0] != answers[1]
 
