@@ -83,7 +83,7 @@ def hold_out(records, n, seed):
 
     Raises UserError where there are too few people.
     """
-    people = sorted({str(few_shot.user_of(record)) for record in records})
+    people = sorted({few_shot.user_of(record) for record in records})
     if len(people) <= n:
         raise UserError(f"--held_out {n}: there are {len(people)} people")
     random.Random(seed).shuffle(people)
@@ -100,7 +100,7 @@ def split(trained, unseen, test_rows):
     trained, unseen: the records of some people and of others. Raises UserError where a person is
     on both sides, or a group or user is missing.
     """
-    people = {str(few_shot.user_of(record)) for record in trained}
+    people = {few_shot.user_of(record) for record in trained}
     files, tested = {"train": [], "train-b": [], "val-a": [], "val-b": [], "test": []}, Counter()
     for record in trained + unseen:
         group = record.get("meta", {}).get("group")
@@ -109,7 +109,7 @@ def split(trained, unseen, test_rows):
     for record in trained:
         files["train" if record["meta"]["group"] == "a" else "train-b"].append(record)
     for record in unseen:
-        user, group = str(few_shot.user_of(record)), record["meta"]["group"]
+        user, group = few_shot.user_of(record), record["meta"]["group"]
         if user in people:
             raise UserError(f"{record['where']}: field 'user': is one of the people of training")
         files[f"val-{group}"].append(record)
@@ -269,6 +269,8 @@ def interval(right, records):
     mean, deviations = right.mean().item(), defaultdict(float)
     for record, value in zip(records, right.tolist(), strict=True):
         deviations[record["user"]] += value - mean
+    if len(deviations) == 1:
+        return mean, float("nan")  # one person says nothing of others
     return mean, 1.96 * sum(d**2 for d in deviations.values()) ** 0.5 / len(records)
 
 

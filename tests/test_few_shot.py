@@ -873,6 +873,7 @@ def test_an_interval_counts_people():
     # Three rows of one person, all right, and one of another, wrong: off by 3/4 each.
     rows, right = [{"user": user} for user in "aaab"], torch.tensor([1.0, 1.0, 1.0, 0.0])
     assert people.interval(right, rows) == pytest.approx((0.75, 1.96 * 2**0.5 * 0.75 / 4))
+    assert people.interval(right[:3], rows[:3]) == pytest.approx((1, math.nan), nan_ok=True)
 
 
 def test_the_gain_is_that_of_the_most_choices():
