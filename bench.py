@@ -205,7 +205,8 @@ def train_trl(job):
     """DPOTrainer on the same token ids in the same order: {"seconds"}.
 
     From loading the model to the last step, reference log-probabilities included, which it
-    computes beforehand, in batches of the same size, and without saving the model.
+    computes beforehand, in batches of the same size, padded to a batch's longest, with its fused
+    head, without checkpointing of activations and without saving the model.
     """
     import datasets
     import transformers
@@ -345,7 +346,7 @@ def sample_ours(init_from, prompts, device, precision):
 
 
 def sample_transformers(init_from, prompts, device, precision):
-    """The same by `generate` of transformers, padded on the left."""
+    """The same by `generate` of transformers with its cache, the eight padded on the left."""
     import transformers
 
     as_torch_comes()
@@ -546,13 +547,7 @@ def print_result(result):
             print(f"{name:<34}" + (f"{value:.2f}" if isinstance(value, float) else str(value)))
 
 
-PEERS = {  # what the peer is given, in words
-    "train": "the same batches of token ids in the same order, padded to a batch's longest; the "
-             "reference before the first step; autocast; activations kept; nothing saved",
-    "sample": "generate with its cache, greedy, eight prompts padded on the left; weights in the "
-              "same precision",
-    "prefix": "each answer a row of its own behind the prefix, not padded; autocast",
-}  # fmt: skip
+PEERS = {"train": train_trl, "sample": sample_transformers, "prefix": prefix_transformers}
 
 
 def main(options):
@@ -567,22 +562,23 @@ def main(options):
     for name in needed:
         if not getattr(options, name):
             raise UserError(f"--{name} is required")
+    conditions = {"options": asdict(options), "precision": precision}
     if options.vs:
         modules = ("trl", "datasets", "transformers") if options.vs == "trl" else (options.vs,)
         for module in modules:
             if importlib.util.find_spec(module) is None:
                 raise UserError(f"--vs {options.vs}: needs the package {module}")
+        peer = PEERS[options.what]
+        conditions["peer"] = {module: importlib.metadata.version(module) for module in modules}
+        conditions["peer"]["settings"] = " ".join(peer.__doc__.split())
         if not hf_model.is_pretrained(hf_model.find(options.init_from)):
             raise UserError(f"--vs {options.vs}: --init_from must be a Hugging Face folder")
     measure = {"train": train, "sample": sample, "prefix": prefix, "memory": memory}[options.what]
     result = measure(options, device, precision)
     if options.what in ("train", "sample"):
         print_result(result)
-    conditions = {"options": asdict(options), "precision": precision}
-    if options.vs:
-        versions = {module: importlib.metadata.version(module) for module in modules}
-        conditions["peer"] = versions | {"settings": PEERS[options.what]}
-        print("peer: " + ", ".join(f"{k} {v}" for k, v in conditions["peer"].items()))
+    for name, value in conditions.get("peer", {}).items():
+        print(f"{name}: {value}")
     print(json.dumps(result | conditions | common.provenance()))
 
 

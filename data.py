@@ -556,7 +556,7 @@ def encode(record, tokenizer, block_size, structure=0):
         if not record.get(tier):
             raise UserError(f"{where}: field 'prompt': "
                             f"{len(turns)} turns do not fit into a context of {block_size}")
-        drawn = " (or --context)" if tier == "examples" else ""
+        drawn = " (or --context, --examples)" if tier == "examples" else ""
         raise UserError(f"{where}: field '{tier}'{drawn}: with it {structure} tokens are taken of "
                         f"a context of {block_size}")
     query_size = sum(map(len, contents))

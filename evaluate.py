@@ -233,7 +233,8 @@ def mean_and_interval(rows, right, records, rng):
     for all pairs, whole pairs.
     """
     keys = {}
-    queries = [json.dumps(records[i].get("user", records[i]["prompt"])) for i in rows]
+    queries = [few_shot.user_of(records[i]) if "user" in records[i]
+               else json.dumps(records[i]["prompt"]) for i in rows]
     if not any("user" in record for record in records) and len(set(queries)) < 20:
         queries = [pair_key(records[i]) for i in rows]
     cluster = np.array([keys.setdefault(query, len(keys)) for query in queries])

@@ -41,6 +41,10 @@ def user_of(record):
     return str(record["user"])
 
 
+def is_certain(record):
+    return record.get("label_prob", 1.0) == 1
+
+
 def pair_of(found):
     """What a choice was between: the prompt and both answers, whichever was chosen."""
     return found["prompt"], *sorted((found["chosen"], found["rejected"]))
@@ -66,9 +70,8 @@ class Contexts:
         source = records if source is None else source
         self.choices, by_user = list(map(choice, source)), defaultdict(dict)
         for i, record in enumerate(source):
-            if record.get("label_prob", 1.0) < 1:
-                continue
-            by_user[user_of(record)].setdefault(pair_of(self.choices[i]), i)
+            if is_certain(record):
+                by_user[user_of(record)].setdefault(pair_of(self.choices[i]), i)
         self.pools = []
         for record in records:
             prompt, *answers = pair_of(choice(record))
@@ -76,10 +79,12 @@ class Contexts:
             self.pools.append([i for (its_prompt, *its_answers), i in others.items()
                                if its_prompt != prompt or not {*its_answers} & {*answers}])
 
-    def require(self):
-        """Raises UserError when there is nothing to show to any record."""
+    def require(self, records):
+        """Raises UserError when there is nothing to show to any of the records."""
         if not any(self.pools):
-            raise UserError("--context: no row's user has a choice elsewhere that could be shown")
+            raise UserError(f"{records[0].get('where', 'the records')}: --context: neither this "
+                            "row's user nor any other's has a choice elsewhere to be shown, that "
+                            "is one without a label_prob below 1")
 
     def draw(self, row, n, rng):
         """n of the choices of the user of a row, or all where there are fewer.
@@ -95,7 +100,7 @@ def with_context(records, n, source=None):
     """The records with n choices of their users as `examples`, the same in every call."""
     contexts = Contexts(records, source)
     if n:
-        contexts.require()
+        contexts.require(records)
     few = sum(len(pool) < n for pool in contexts.pools)
     if few:
         print(f"{few} of {len(records)} rows have fewer than {n} choices in their context")
@@ -109,7 +114,7 @@ def with_random_contexts(records, rows, most, seed):
     Examples that a record brings give way to them.
     """
     contexts, rng = Contexts(records), random.Random(seed)
-    contexts.require()
+    contexts.require(records)
     alone = contexts.pools.count([])
     if alone:
         print(f"{alone} of {len(records)} rows have no other choice of their user to be shown")

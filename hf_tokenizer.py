@@ -61,10 +61,10 @@ class AddedTokens(dict):
         return [part for part in [*parts, text[start:]] if part != ""]
 
 
-def added_tokens(spec, config, named):
+def added_tokens(spec, config, named, ids):
     """AddedTokens of tokenizer.json, to which tokenizer_config.json may add, also in `spec`.
 
-    The `named` ones, such as eos_token's, are special whatever their flag says.
+    Those `named`, such as eos_token's, and those with `ids` are special whatever their flag says.
     """
     tokens = {t["content"]: t for t in spec.get("added_tokens") or []}
     for number, token in config.get("added_tokens_decoder", {}).items():
@@ -76,7 +76,7 @@ def added_tokens(spec, config, named):
     for content, token in tokens.items():
         for flag in ("special", "single_word", "lstrip", "rstrip", "normalized"):
             token[flag] = bool(token.get(flag))
-        token["special"] |= content in named
+        token["special"] |= content in named or token["id"] in ids
     spec["added_tokens"] = [*tokens.values()]
     return AddedTokens(tokens)
 
@@ -369,12 +369,12 @@ def meta_prompt(record):
 
 
 def known_ids(*configs):
-    """{"bos_token_id": ids, "eos_token_id": ids} as a model's configs give them, the last first."""
-    ids = {}
-    for key, config in itertools.product(("bos_token_id", "eos_token_id"), configs):
-        given = config.get(key)
-        given = [i for i in (given if isinstance(given, list) else [given]) if type(i) is int]
-        ids |= {key: given} if given else {}
+    """{"bos_token_id": ids, "eos_token_id": ids}, of each what the last config that has it says."""
+    ids = {"bos_token_id": [], "eos_token_id": []}
+    for key, config in itertools.product(ids, configs):
+        if config.get(key) is not None:
+            found = config[key] if isinstance(config[key], list) else [config[key]]
+            ids[key] = [i for i in found if type(i) is int]
     return ids
 
 
@@ -394,40 +394,46 @@ class HfTokenizer:
         self.folder, self.name, self.skeletons = folder, folder.resolve().name, {}
         spec = load_json(folder / "tokenizer.json")
         names = [name for name in (*TOKENIZER_FILES, *MODEL_CONFIGS) if (folder / name).exists()]
-        read = {name: load_json(folder / name) if name in names else {}
-                for name in (*CONFIGS, *MODEL_CONFIGS)}  # fmt: skip
-        config = read[CONFIGS[0]] | read[CONFIGS[1]]
+        found = {name: load_json(folder / name) if name in names else {}
+                 for name in (*CONFIGS, *MODEL_CONFIGS)}  # fmt: skip
+        config = found[CONFIGS[0]] | found[CONFIGS[1]]
         self.variables = {k: content_of(v) for k, v in config.items()
                           if k.endswith("_token") and isinstance(content_of(v), str)}  # fmt: skip
-        self.read(spec, config)
-        ids = known_ids(read["config.json"], read["generation_config.json"])
-        self.template_path, template = find_template(folder, config)
+        ids = known_ids(*(found[name] for name in MODEL_CONFIGS))
+        self.read(spec, config, sum(ids.values(), []))
         self.files = {name: (folder / name).read_bytes() for name in names if name != "config.json"}
-        # What is trained or exported shall bring what is missing: these and, below, a template.
-        if any(read["generation_config.json"].get(key) is None for key in ids):
-            self.bring("generation_config.json", read["generation_config.json"] | ids)
+        self.template_path, template = find_template(folder, config)
         if not template:
             say_once(f"{folder}: no chat template, turns are written as User: and Assistant:")
             self.files["chat_template.jinja"] = DEFAULT_TEMPLATE.encode()
-            by_id = {token["id"]: content for content, token in self.added.items()}
-            named = {key.removesuffix("_id"): by_id[found[0]] for key, found in ids.items()
-                     if found[0] in by_id}  # fmt: skip
-            if named.keys() - self.variables.keys():
-                self.variables = named | self.variables
-                self.bring("tokenizer_config.json", read["tokenizer_config.json"] | self.variables)
+            self.name_tokens(config, ids)
+        if found["generation_config.json"].get("eos_token_id") is None and ids["eos_token_id"]:
+            self.bring("generation_config.json", {"eos_token_id": ids["eos_token_id"]})
         self.template = self.attempt(compile_template, source=template or DEFAULT_TEMPLATE)
-        self.probe(ids.get("eos_token_id", []))
+        self.probe([i for i in ids["eos_token_id"] if i in self.model.bytes])
 
-    def bring(self, name, content):
+    def name_tokens(self, config, ids):
+        """bos_token and eos_token for the template that stands in, where only ids are known."""
+        content = {token["id"]: text for text, token in self.added.items()}
+        for key, known in ids.items():
+            name = key.removesuffix("_id")
+            if name not in config and known and known[0] in content:
+                self.variables[name] = content[known[0]]
+                self.bring("tokenizer_config.json", {name: content[known[0]]})
+
+    def bring(self, name, fields):
+        """Add to a file what a trained or exported model shall have with it."""
+        content = json.loads(self.files.get(name, b"{}")) | fields
         self.files[name] = json.dumps(content, indent=2).encode()
 
-    def read(self, spec, config):
-        named = set(self.variables.values())
+    def read(self, spec, config, ids):
+        """Tokens that the configuration names, or the model by their `ids`, are special."""
+        more = [config.get(kind) for kind in ("additional_special_tokens", "extra_special_tokens")]
+        more = [list(x.values()) if isinstance(x, dict) else x for x in more]
+        more = [content_of(token) for x in more if isinstance(x, list) for token in x]
+        named = {*self.variables.values(), *(text for text in more if isinstance(text, str))}
         try:
-            for kind in ("additional_special_tokens", "extra_special_tokens"):
-                more = config.get(kind) or []
-                named |= set(map(content_of, more.values() if isinstance(more, dict) else more))
-            self.added = added_tokens(spec, config, named)
+            self.added = added_tokens(spec, config, named, ids)
             try:
                 self.model = ByteLevel(spec, self.added)
             except Unsupported as error:

@@ -88,8 +88,8 @@ def hold_out(records, n, seed):
         raise UserError(f"--held_out {n}: there are {len(people)} people")
     random.Random(seed).shuffle(people)
     unseen = set(people[:n])
-    return ([record for record in records if str(record["user"]) not in unseen],
-            [record for record in records if str(record["user"]) in unseen])
+    return ([record for record in records if few_shot.user_of(record) not in unseen],
+            [record for record in records if few_shot.user_of(record) in unseen])
 
 
 def split(trained, unseen, test_rows):
@@ -268,7 +268,7 @@ def interval(right, records):
     """
     mean, deviations = right.mean().item(), defaultdict(float)
     for record, value in zip(records, right.tolist(), strict=True):
-        deviations[record["user"]] += value - mean
+        deviations[few_shot.user_of(record)] += value - mean
     if len(deviations) == 1:
         return mean, float("nan")  # one person says nothing of others
     return mean, 1.96 * sum(d**2 for d in deviations.values()) ** 0.5 / len(records)
@@ -301,7 +301,7 @@ def main(options):
         for side in ("chosen", "rejected"):
             if record[side] not in known:
                 raise UserError(f"{record['where']}: field '{side}': not in statements.jsonl")
-    people = {str(row["user"]) for row in trained}
+    people = set(map(few_shot.user_of, trained))
     answers = read_answers(folder / "answers_train.jsonl", len(statements), people)
     tables = {"traits and facets": trait_features(statements, answers),
               "means and components": rating_features(statements, answers)}

@@ -237,8 +237,8 @@ def main(options):
     model, tokenizer = load_checkpoint(options.ckpt, device, PRECISIONS[precision])
     model = for_inference(model, sampling=True)
     rows = data.read_records(options.examples) if options.examples else []
-    examples = [few_shot.choice(row) for row in rows]
-    users = {row.get("user") for row in rows}
+    examples = [few_shot.choice(row) for row in rows if few_shot.is_certain(row)]
+    users = {few_shot.user_of(row) for row in rows if "user" in row}
     if len(users) > 1:
         print(f"--examples {options.examples}: the choices of {len(users)} users, read as one's")
     generator = torch.Generator(device).manual_seed(options.seed)

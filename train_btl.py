@@ -187,7 +187,7 @@ def choices_by_user(records, features):
     """
     by_user = defaultdict(dict)
     for record in records:
-        if record.get("label_prob", 1.0) < 1:
+        if not few_shot.is_certain(record):
             raise UserError(f"{record['where']}: field 'label_prob': NP-BTL needs certain labels")
         found = few_shot.choice(record)
         by_user[few_shot.user_of(record)].setdefault(few_shot.pair_of(found), found)

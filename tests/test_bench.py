@@ -32,6 +32,7 @@ def test_training_beside_trl(smol, command):
     result = last_line(command, "train", "--init_from", smol, "--pref_data", "pairs.jsonl",
                        "--pairs", "6", "--rounds", "1", "--vs", "trl")  # fmt: skip
     assert result["TRL"].keys() >= KEYS
+    assert result["peer"].keys() == {"trl", "datasets", "transformers", "settings"}
     ratio = result["nanoAlign"]["pairs_per_second"] / result["TRL"]["pairs_per_second"]
     assert result["pairs_per_second_ratio"] == pytest.approx(ratio)
     memory = result["nanoAlign"]["peak_gib"] / result["TRL"]["peak_gib"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data
+import distributed
 from tiny import DPO, SFT, command_line, read_log, user_rows, weights
 
 HERE = Path(__file__).parent.parent
@@ -140,3 +141,12 @@ def test_shares_cover_a_step_once(byte_tokenizer):
             assert max(tokens) - min(tokens) <= max(map(data.tree_size, examples))
     alone = [rows for rows, _ in data.shares(examples, 120, 0, 1)]
     assert alone == data.micro_batches(examples, 120)
+
+
+def test_with_fsdp_a_model_is_loaded_into_main_memory(monkeypatch):
+    """So that no device has to hold it whole; `spread` moves it, block by block."""
+    device = torch.device("meta")
+    assert distributed.first_device(device, True) == device  # a single process spreads nothing
+    monkeypatch.setattr(distributed, "WORLD", 2)
+    assert distributed.first_device(device, False) == device
+    assert distributed.first_device(device, True) == torch.device("cpu")

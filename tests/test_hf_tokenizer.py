@@ -521,13 +521,15 @@ def test_tokens_that_the_configuration_names_are_special(write_folder):
 @pytest.mark.parametrize("more", [
     {"additional_special_tokens": ["<|im_start|>"]},
     {"extra_special_tokens": {"turn_token": "<|im_start|>"}},
-    {"extra_special_tokens": [FLAGS | {"content": "<|im_start|>"}]},
+    {"extra_special_tokens": [FLAGS | {"content": "<|im_start|>"}, None, ["x"]]},
 ])  # fmt: skip
 def test_further_special_tokens_of_the_configuration(write_folder, more):
     spec = by_hand()
     spec["added_tokens"][1]["special"] = False
     ours = HfTokenizer.load(write_folder(spec, config=CONFIG | more))
     assert max(ours.encode("<|im_start|>")) < 256
+    odd = {key: 5 for key in more}
+    assert HfTokenizer.load(write_folder(spec, config=CONFIG | odd)).encode("<|im_start|>") == [257]
 
 
 def test_added_tokens_of_the_configuration(write_folder):
@@ -554,11 +556,15 @@ def test_steps_of_a_normalizer_that_are_none(write_folder):
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_folder_whose_tokens_are_known_by_number_alone(write_folder, tmp_path, name):
     """Neither tokenizer_config.json nor a template; what is saved is read as the same."""
-    folder = write_folder(by_hand(), None, {})
+    spec = by_hand()
+    spec["added_tokens"] = [token | {"special": False} for token in spec["added_tokens"]]
+    folder = write_folder(spec, None, {})
     (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match="field 'eos_token': missing, no config names an eos_tok"):
-        HfTokenizer.load(folder)
-    (folder / name).write_text(json.dumps({"bos_token_id": 259, "eos_token_id": [260, 256]}))
+    for ends in (None, -1, [99999], "260", [[260]]):
+        (folder / name).write_text(json.dumps({"eos_token_id": ends}))
+        with pytest.raises(UserError, match="field 'eos_token': missing, no config names an eos_t"):
+            HfTokenizer.load(folder)
+    (folder / name).write_text(json.dumps({"bos_token_id": 259, "eos_token_id": [260, 256, -1]}))
     ours = HfTokenizer.load(folder)
     ours.save(tmp_path)
     turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user")]
@@ -567,6 +573,13 @@ def test_folder_whose_tokens_are_known_by_number_alone(write_folder, tmp_path, n
         assert (tokenizer.end, tokenizer.ends) == (260, [260, 256])
         assert tokenizer.decode(tokenizer.render({"prompt": turns})) == text
         assert tokenizer.describe() == ours.describe()
+        assert tokenizer.special == {256, 259, 260} and max(tokenizer.encode("</s>")) < 256
+
+
+def test_a_token_that_is_null_is_none(write_folder):
+    folder = write_folder(by_hand(), None, {"bos_token": None, "eos_token": "</s>"})
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 259}))
+    assert not HfTokenizer.load(folder).render({"prompt": "a"}).count(259)
 
 
 def test_the_template_goes_before_the_numbers(write_folder):
