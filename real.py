@@ -131,7 +131,8 @@ def worded_sets(folder, name, rng):
 
 
 def characters(record):
-    return sum(len(record[field]) for field in ("preference", "prompt", "chosen", "rejected"))
+    texts = [turn["content"] for turn in data.prompt_turns(record)]
+    return sum(map(len, [*texts, record["preference"], record["chosen"], record["rejected"]]))
 
 
 def obeyed(record):
