@@ -206,7 +206,7 @@ def train_trl(job):
 
     From loading the model to the last step, reference log-probabilities included, which it
     computes beforehand, in batches of the same size, padded to a batch's longest, with its fused
-    head, without checkpointing of activations and without saving the model.
+    head, under autocast, without checkpointing of activations and without saving the model.
     """
     import datasets
     import transformers
@@ -346,7 +346,8 @@ def sample_ours(init_from, prompts, device, precision):
 
 
 def sample_transformers(init_from, prompts, device, precision):
-    """The same by `generate` of transformers with its cache, the eight padded on the left."""
+    """Greedy `generate` of transformers with its cache, eight prompts at once padded on the left,
+    weights in `precision`."""
     import transformers
 
     as_torch_comes()
@@ -429,7 +430,8 @@ def prefix_ours(init_from, device, precision):
 
 
 def prefix_transformers(init_from, device, precision):
-    """A row for each answer, at most 4,096 tokens at once, logits where an answer is predicted."""
+    """A row for each answer, at most 4,096 tokens at once, logits where an answer is predicted;
+    under autocast."""
     import transformers
 
     as_torch_comes()

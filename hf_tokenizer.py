@@ -407,17 +407,23 @@ class HfTokenizer:
             say_once(f"{folder}: no chat template, turns are written as User: and Assistant:")
             self.files["chat_template.jinja"] = DEFAULT_TEMPLATE.encode()
             self.name_tokens(config, ids)
-        if found["generation_config.json"].get("eos_token_id") is None and ids["eos_token_id"]:
-            self.bring("generation_config.json", {"eos_token_id": ids["eos_token_id"]})
+        given = found["generation_config.json"]
+        lacking = {key: known for key, known in ids.items() if known and given.get(key) is None}
+        if lacking:
+            self.bring("generation_config.json", lacking)
         self.template = self.attempt(compile_template, source=template or DEFAULT_TEMPLATE)
         self.probe([i for i in ids["eos_token_id"] if i in self.model.bytes])
 
     def name_tokens(self, config, ids):
-        """bos_token and eos_token for the template that stands in, where only ids are known."""
+        """bos_token and eos_token for the template that stands in, where only ids are known.
+
+        A bos_token that is null stays none; without an eos_token no answer would end.
+        """
         content = {token["id"]: text for text, token in self.added.items()}
         for key, known in ids.items():
             name = key.removesuffix("_id")
-            if name not in config and known and known[0] in content:
+            absent = name not in (config if key == "bos_token_id" else self.variables)
+            if absent and known and known[0] in content:
                 self.variables[name] = content[known[0]]
                 self.bring("tokenizer_config.json", {name: content[known[0]]})
 

@@ -270,7 +270,7 @@ def interval(right, records):
     for record, value in zip(records, right.tolist(), strict=True):
         deviations[few_shot.user_of(record)] += value - mean
     if len(deviations) == 1:
-        return mean, float("nan")  # one person says nothing of others
+        return mean, None  # one person says nothing of others
     return mean, 1.96 * sum(d**2 for d in deviations.values()) ** 0.5 / len(records)
 
 
@@ -282,7 +282,8 @@ def summary(found, records):
 
 
 def print_line(name, shares):
-    print(f"{name:<24}" + "".join(f"{100 * x:7.1f} +- {100 * y:3.1f}" for x, y in shares))
+    cells = (f"{100 * x:7.1f} +- " + ("  -" if y is None else f"{100 * y:3.1f}") for x, y in shares)
+    print(f"{name:<24}" + "".join(cells))
 
 
 def main(options):
@@ -322,7 +323,7 @@ def main(options):
     for name, rows in files.items():
         path = out / f"{name}.jsonl"
         data.save_records(path, rows)
-        print(f"{path}: {len(rows)} choices of {len({row['user'] for row in rows})} people")
+        print(f"{path}: {len(rows)} choices of {len(set(map(few_shot.user_of, rows)))} people")
     common.save_json(out / "baselines.json", report | common.provenance())
 
     print(f"\nright choices on {out / 'test'}.jsonl, % and 95 % interval, by number known")

@@ -237,7 +237,10 @@ def main(options):
     model, tokenizer = load_checkpoint(options.ckpt, device, PRECISIONS[precision])
     model = for_inference(model, sampling=True)
     rows = data.read_records(options.examples) if options.examples else []
-    examples = [few_shot.choice(row) for row in rows if few_shot.is_certain(row)]
+    if rows and not any(map(few_shot.is_certain, rows)):
+        raise UserError(f"--examples {options.examples}: no choice that is certain (label_prob 1)")
+    rows = list(filter(few_shot.is_certain, rows))
+    examples = list(map(few_shot.choice, rows))
     users = {few_shot.user_of(row) for row in rows if "user" in row}
     if len(users) > 1:
         print(f"--examples {options.examples}: the choices of {len(users)} users, read as one's")

@@ -567,6 +567,10 @@ def test_sample_reads_examples_as_the_checkpoint_was_trained(users, latent, comm
         assert ("the choices of 2 users" in out) == (name == "both")
         answers.append(out)
     assert answers[0] != answers[1]
+    write_rows("doubt.jsonl", *[row | {"label_prob": 0.9} for row in rows[:4]])
+    status, _, err = command(sample, "--ckpt", "out/a", "--prompt", "Why?", "--examples",
+                             "doubt.jsonl")  # fmt: skip
+    assert status == 2 and "--examples doubt.jsonl: no choice that is certain" in err
 
 
 @pytest.mark.parametrize(("options", "named"), [
@@ -864,7 +868,7 @@ def test_a_neural_process_infers_what_a_person_is_like(tmp_path, write_rows, fea
         assert found[kind][0].mean() < 0.6 < 0.65 < found[kind][20].mean()
 
 
-def test_an_interval_counts_people():
+def test_an_interval_counts_people(capsys):
     """Who says the same four times counts once; where all do equally well it is 0."""
     rows = [{"user": user} for user in range(25) for _ in range(4)]
     right = torch.tensor([float(user < 20) for user in range(25) for _ in range(4)])
@@ -874,7 +878,9 @@ def test_an_interval_counts_people():
     # Three rows of one person, all right, and one of another, wrong: off by 3/4 each.
     rows, right = [{"user": user} for user in "aaab"], torch.tensor([1.0, 1.0, 1.0, 0.0])
     assert people.interval(right, rows) == pytest.approx((0.75, 1.96 * 2**0.5 * 0.75 / 4))
-    assert people.interval(right[:3], rows[:3]) == pytest.approx((1, math.nan), nan_ok=True)
+    assert people.interval(right[:3], rows[:3]) == (1, None)
+    people.print_line("one", [(1.0, None), (0.5, 0.25)])
+    assert capsys.readouterr().out.split() == ["one", "100.0", "+-", "-", "50.0", "+-", "25.0"]
 
 
 def test_the_gain_is_that_of_the_most_choices():

@@ -576,10 +576,19 @@ def test_folder_whose_tokens_are_known_by_number_alone(write_folder, tmp_path, n
         assert tokenizer.special == {256, 259, 260} and max(tokenizer.encode("</s>")) < 256
 
 
-def test_a_token_that_is_null_is_none(write_folder):
-    folder = write_folder(by_hand(), None, {"bos_token": None, "eos_token": "</s>"})
-    (folder / "config.json").write_text(json.dumps({"bos_token_id": 259}))
-    assert not HfTokenizer.load(folder).render({"prompt": "a"}).count(259)
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_a_bos_token_that_is_null_is_none_but_special(write_folder, tmp_path, template):
+    spec = by_hand()
+    spec["added_tokens"] = [token | {"special": False} for token in spec["added_tokens"]]
+    folder = write_folder(spec, template, {"bos_token": None, "eos_token": None})
+    ids = {"bos_token_id": 259, "eos_token_id": 258}
+    (folder / "config.json").write_text(json.dumps(ids))
+    turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user")]
+    HfTokenizer.load(folder).save(tmp_path)
+    for ours in map(HfTokenizer.load, (folder, tmp_path)):
+        found = ours.render({"prompt": turns})
+        assert 259 not in found and found.count(258) == (1 if template is None else 3)
+        assert ours.special == {258, 259} and max(ours.encode("<s>")) < 256
 
 
 def test_the_template_goes_before_the_numbers(write_folder):
