@@ -195,7 +195,7 @@ def read_preferences(names):
             else:
                 raise UserError(f"{line}: field 'chosen': missing")
         for prompt, (line, completions) in rated.items():
-            records += rated_pairs(prompt, completions, line)
+            records += rated_pairs(take_prompt({"prompt": prompt}, {}, line), completions, line)
         kept = [r for r in records if r["chosen"] != r["rejected"]]
         same = len(records) - len(kept)
         if same:
@@ -268,7 +268,7 @@ def read_responses(names):
                 record["prompt"] = take_prompt(fields, record, line)
                 ignored.update(fields.keys() & {"rejected"})
             if "response" in fields or "chosen" not in fields:
-                record["response"] = answer_text(fields, "response", line)
+                record["response"] = answer_text(fields, "response", record, line)
             records.append(record)
             ignored.update(fields.keys() - RECORD_FIELDS - {"response"})
         print_unusable(unusable)
@@ -363,13 +363,19 @@ def pair_record(fields, line):
     record, fields = common_fields(fields, line), with_prompt(fields, line)
     record["prompt"] = take_prompt(fields, record, line)
     for field in ("chosen", "rejected"):
-        record[field] = answer_text(fields, field, line)
+        record[field] = answer_text(fields, field, record, line)
     return record
 
 
 def with_prompt(fields, line):
     """A pair's fields; a prompt that stands in both answers instead becomes one."""
-    if "prompt" in fields:
+    prompt = fields.get("prompt")
+    if isinstance(prompt, str) and re.match(r"\s*Human:.*\n\nAssistant:\s*$", prompt, re.DOTALL):
+        # The beginning of a transcript: as if it stood in both answers.
+        prompt = prompt.strip()
+        answers = {f: prompt + text_field(fields.get(f), f, line) for f in ("chosen", "rejected")}
+        fields = {k: v for k, v in fields.items() if k != "prompt"} | answers
+    elif "prompt" in fields:
         return fields
     chosen, rejected = (
         turns(fields[field], field, line) if isinstance(fields.get(field), list)
@@ -390,12 +396,14 @@ def take_prompt(fields, record, line):
     """The prompt; a system turn at its head moves into the record's system tier."""
     prompt = fields.get("prompt")
     if not isinstance(prompt, list):
-        return text_field(prompt, "prompt", line)
+        prompt = helpsteer_turns(text_field(prompt, "prompt", line))
+    if isinstance(prompt, str):
+        return prompt
     prompt = turns(prompt, "prompt", line)
     if prompt[0]["role"] == "system":
-        if "system" in record:
-            raise UserError(f"{line}: field 'prompt': a system turn beside the field 'system'")
-        record["system"], prompt = prompt[0]["content"], prompt[1:]
+        system, prompt = prompt[0]["content"], prompt[1:]
+        if record.setdefault("system", system) != system:
+            raise UserError(f"{line}: field 'prompt': its system turn is not the field 'system'")
     roles = [turn["role"] for turn in prompt]
     if not prompt or roles[-1] != "user":
         raise UserError(f"{line}: field 'prompt': must end with a user turn")
@@ -404,19 +412,21 @@ def take_prompt(fields, record, line):
     return prompt[0]["content"] if len(prompt) == 1 else prompt
 
 
-def answer_text(fields, field, line):
-    """An answer as text; of a message list the last turn, which must be the assistant's."""
+def answer_text(fields, field, record, line):
+    """An answer as text; of a message list the last turn, which must be the assistant's.
+
+    The turns before it must be those of the record's prompt, with or without its system message.
+    """
     answer = fields.get(field)
     if not isinstance(answer, list):
         return text_field(answer, field, line)
     answer = turns(answer, field, line)
     if answer[-1]["role"] != "assistant":
         raise UserError(f"{line}: field '{field}': must end with an assistant turn")
-    if len(answer) > 1:
-        repeated = [{k: turn[k] for k in ("role", "content")} for turn in prompt_turns(fields)]
-        without_system = [turn for turn in repeated if turn["role"] != "system"]
-        if answer[:-1] not in (repeated, without_system):
-            raise UserError(f"{line}: field '{field}': its first turns are not the prompt's")
+    prompt = prompt_turns(record)
+    system = {"role": "system", "content": record.get("system")}
+    if answer[:-1] not in ([], prompt, [system, *prompt]):
+        raise UserError(f"{line}: field '{field}': its first turns are not the prompt's")
     return answer[-1]["content"]
 
 
@@ -483,6 +493,15 @@ def helpsteer(fields, line):
     if not scores:
         raise UserError(f"{line}: field 'chosen': missing")
     return prompt, response, scores
+
+
+def helpsteer_turns(prompt):
+    """The prompt itself, or the turns that HelpSteer2's markers divide it into."""
+    pieces = re.split(r"\n\s*<extra_id_1>(User|Assistant)\n", prompt)
+    if len(pieces) == 1:
+        return prompt
+    return [{"role": who.lower(), "content": content.strip()}
+            for who, content in zip(["user", *pieces[1::2]], pieces[::2], strict=True)]
 
 
 def score(value, field, line):

@@ -351,9 +351,14 @@ def test_trl_messages_with_a_system_turn_and_several_turns(read):
         {"prompt": [rule, *talk], "chosen": [yes], "rejected": [no]},
         {"prompt": [rule, *talk], "chosen": [*talk, yes], "rejected": [*talk, no]},
         {"chosen": [rule, *talk, yes], "rejected": [rule, *talk, no]},
+        {"system": "Be kind.", "prompt": talk, "chosen": [rule, *talk, yes], "rejected": [no]},
+        {"system": "Be kind.", "prompt": [rule, *talk], "chosen": [yes], "rejected": [no]},
     ]
     expected = {"system": "Be kind.", "prompt": talk, "chosen": "Yes.", "rejected": "No."}
-    assert [shown(record) for record in read(*rows)] == [expected] * 3
+    assert [shown(record) for record in read(*rows)] == [expected] * 5
+    for row in rows[3:]:
+        with pytest.raises(UserError, match=r":1: field '(chosen|prompt)': its "):
+            read(row | {"system": "Be rude."})
 
 
 def test_hh_transcripts_of_several_turns(read):
@@ -364,6 +369,11 @@ def test_hh_transcripts_of_several_turns(read):
     [single] = read({"chosen": "\n\nHuman: Tea?\n\nAssistant: Yes.",
                      "rejected": "\n\nHuman: Tea?\n\nAssistant: No."})  # fmt: skip
     assert shown(single) == SIMPLE
+    records = read({"prompt": talk, "chosen": " Yes: tea.", "rejected": " No.", "response": ""},
+                   {"prompt": f"{talk[2:]} ", "chosen": "Yes: tea.", "rejected": "No."})
+    assert [shown(r) for r in records] == [shown(record)] * 2
+    [quoted] = read(SIMPLE | {"prompt": "Go on:\n\nHuman: Hi\n\nAssistant:"})
+    assert quoted["prompt"] == "Go on:\n\nHuman: Hi\n\nAssistant:"
 
 
 UNUSABLE = {
@@ -449,6 +459,20 @@ def test_helpsteer_rows_become_pairs_and_disagreeing_aspects_flip(read):
     [(i, j)] = find_flips(records)
     assert records[i]["chosen"] == records[j]["rejected"]
     assert records[i]["preference"] != records[j]["preference"]
+
+
+def test_helpsteer_prompts_of_several_turns(read, write_rows):
+    prompt = "Hi\n\n<extra_id_1>Assistant\n\nHello\n\n<extra_id_1>User\n\nTea?"
+    rows = [{"prompt": prompt, "response": r, "verbosity": i} for i, r in enumerate("AB")]
+    asked = [turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Tea?")]
+    [record] = read(*rows)
+    assert (record["prompt"], record["chosen"], record["rejected"]) == (asked, "B", "A")
+    for record in data.read_responses(str(write_rows("sft.jsonl", *rows))):
+        assert record["prompt"] == asked
+    with pytest.raises(UserError, match=r":1: field 'prompt': must end with a user turn"):
+        read(*(row | {"prompt": "Hi\n<extra_id_1>Assistant\nHello"} for row in rows))
+    with pytest.raises(UserError, match=r":1: field 'prompt\[2\].content': empty"):
+        read(*(row | {"prompt": prompt[:-4]} for row in rows))
 
 
 def test_of_rated_completions_sft_learns_the_chosen_ones(write_rows):
