@@ -68,20 +68,29 @@ class Contexts:
             print(f"{given} of {len(records)} rows: their own examples give way to choices of "
                   "their users")
         source = records if source is None else source
-        self.choices, by_user = list(map(choice, source)), defaultdict(dict)
-        for i, record in enumerate(source):
-            if is_certain(record):
-                by_user[user_of(record)].setdefault(pair_of(self.choices[i]), i)
-        self.pools = []
+        self.choices, self.of_user, to_prompt = [], defaultdict(list), defaultdict(dict)
+        for record in source:
+            made = choice(record)
+            prompt, *answers = pair_of(made)
+            known = to_prompt[user_of(record), prompt]
+            if is_certain(record) and tuple(answers) not in known:
+                known[tuple(answers)] = len(self.choices)
+                self.of_user[user_of(record)].append(len(self.choices))
+            self.choices.append(made)
+        self.rows = []  # of each record its user, and which choices of theirs are not elsewhere
         for record in records:
             prompt, *answers = pair_of(choice(record))
-            others = by_user.get(user_of(record), {})
-            self.pools.append([i for (its_prompt, *its_answers), i in others.items()
-                               if its_prompt != prompt or not {*its_answers} & {*answers}])
+            known = to_prompt.get((user_of(record), prompt), {})
+            self.rows.append((user_of(record), {i for others, i in known.items()
+                                                if {*others} & {*answers}}))
+
+    def sizes(self):
+        """How many choices there are to be shown to each record."""
+        return [len(self.of_user.get(user, ())) - len(same) for user, same in self.rows]
 
     def require(self, records):
         """Raises UserError when there is nothing to show to any of the records."""
-        if not any(self.pools):
+        if not any(self.sizes()):
             raise UserError(f"{records[0].get('where', 'the records')}: --context: neither this "
                             "row's user nor any other's has a choice elsewhere to be shown, that "
                             "is one without a label_prob below 1")
@@ -91,7 +100,8 @@ class Contexts:
 
         With equal random states fewer are the beginning of more.
         """
-        pool = list(self.pools[row])
+        user, same = self.rows[row]
+        pool = [i for i in self.of_user.get(user, ()) if i not in same]
         rng.shuffle(pool)
         return [self.choices[i] for i in pool[:n]]
 
@@ -101,7 +111,7 @@ def with_context(records, n, source=None):
     contexts = Contexts(records, source)
     if n:
         contexts.require(records)
-    few = sum(len(pool) < n for pool in contexts.pools)
+    few = sum(size < n for size in contexts.sizes())
     if few:
         print(f"{few} of {len(records)} rows have fewer than {n} choices in their context")
     return [record | {"examples": contexts.draw(i, n, random.Random(i))}
@@ -115,7 +125,7 @@ def with_random_contexts(records, rows, most, seed):
     """
     contexts, rng = Contexts(records), random.Random(seed)
     contexts.require(records)
-    alone = contexts.pools.count([])
+    alone = contexts.sizes().count(0)
     if alone:
         print(f"{alone} of {len(records)} rows have no other choice of their user to be shown")
     return [records[i] | {"examples": contexts.draw(i, rng.randint(0, most), rng)} for i in rows]

@@ -66,7 +66,7 @@ def test_a_choice_is_never_in_its_own_context_whatever_came_before():
                           {"role": "assistant", "content": "ok"},
                           {"role": "user", "content": "go on"}]
     rows = [{"user": 1, "prompt": turns(text), "chosen": "x", "rejected": "y"} for text in "abc"]
-    assert few_shot.Contexts(rows).pools == [[], [], []]
+    assert few_shot.Contexts(rows).sizes() == [0, 0, 0]
 
 
 def test_a_context_tells_nothing_of_the_answers_that_are_to_be_compared():
