@@ -179,23 +179,23 @@ def read_preferences(names):
     for path in map(Path, filter(None, names.split(","))):
         records, rated, ignored, unusable = [], {}, set(), []
         for line, fields in read_lines(path):
-            if "chosen" in fields or "rejected" in fields:
-                try:
+            try:
+                if "chosen" in fields or "rejected" in fields:
+                    ignored.update(fields.keys() - RECORD_FIELDS)
                     records.append(pair_record(fields, line))
-                except Unusable:
-                    unusable.append(line)
-                ignored.update(fields.keys() - RECORD_FIELDS)
-            elif "completions" in fields:
-                records += rated_pairs(*ultrafeedback(fields, line), line)
-                ignored.update(fields.keys() - {"instruction", "completions"})
-            elif "response" in fields:
-                prompt, response, scores = helpsteer(fields, line)
-                rated.setdefault(prompt, (line, []))[1].append((response, scores))
-                ignored.update(fields.keys() - {"prompt", "response", *ASPECTS})
-            else:
-                raise UserError(f"{line}: field 'chosen': missing")
+                elif "completions" in fields:
+                    ignored.update(fields.keys() - {"instruction", "completions"})
+                    records += rated_pairs(*ultrafeedback(fields, line), line)
+                elif "response" in fields:
+                    ignored.update(fields.keys() - {"prompt", "response", *ASPECTS})
+                    prompt, response, scores = helpsteer(fields, line)
+                    rated.setdefault(prompt, (line, []))[1].append((response, scores))
+                else:
+                    raise UserError(f"{line}: field 'chosen': missing")
+            except Unusable:
+                unusable.append(line)
         for prompt, (line, completions) in rated.items():
-            records += rated_pairs(take_prompt({"prompt": prompt}, {}, line), completions, line)
+            records += rated_pairs(split_prompt(prompt, line), completions, line)
         kept = [r for r in records if r["chosen"] != r["rejected"]]
         same = len(records) - len(kept)
         if same:
@@ -231,7 +231,7 @@ RECORD_FIELDS = {*META_PROMPT, "prompt", "chosen", "rejected", "label_prob", "us
 
 def print_unusable(lines):
     if lines:
-        print(f"{lines[0]}: the first of {len(lines)} transcripts that were skipped: an empty "
+        print(f"{lines[0]}: the first of {len(lines)} dialogues that were skipped: an empty "
               "turn, no last answer, or two prompts")
 
 
@@ -256,26 +256,31 @@ def read_responses(names):
                 continue
             if "output" in fields and not fields.keys() & {"response", "chosen"}:
                 fields["response"] = fields.pop("output")  # as the Multifaceted Collection has it
-            if "chosen" in fields:
-                try:
-                    fields = with_prompt(fields, line)
-                except Unusable:
-                    unusable.append(line)
-                    continue
-                record = pair_record(fields, line)
-            else:
-                record = common_fields(fields, line)
-                record["prompt"] = take_prompt(fields, record, line)
-                ignored.update(fields.keys() & {"rejected"})
-            if "response" in fields or "chosen" not in fields:
-                record["response"] = answer_text(fields, "response", record, line)
-            records.append(record)
             ignored.update(fields.keys() - RECORD_FIELDS - {"response"})
+            if "chosen" not in fields:
+                ignored.update(fields.keys() & {"rejected"})
+            try:
+                records.append(response_record(fields, line))
+            except Unusable:
+                unusable.append(line)
         print_unusable(unusable)
         print_ignored(path, ignored)
     if not records:
         raise UserError("--data: no rows to learn from")
     return records
+
+
+def response_record(fields, line):
+    """One record of SFT data from a row that is neither rated nor a pair alone."""
+    if "chosen" in fields:
+        fields = with_prompt(fields, line)
+        record = pair_record(fields, line)
+    else:
+        record = common_fields(fields, line)
+        record["prompt"] = take_prompt(fields, record, line)
+    if "response" in fields or "chosen" not in fields:
+        record["response"] = answer_text(fields, "response", record, line)
+    return record
 
 
 def chosen_as_response(record):
@@ -369,13 +374,7 @@ def pair_record(fields, line):
 
 def with_prompt(fields, line):
     """A pair's fields; a prompt that stands in both answers instead becomes one."""
-    prompt = fields.get("prompt")
-    if isinstance(prompt, str) and re.match(r"\s*Human:.*\n\nAssistant:\s*$", prompt, re.DOTALL):
-        # The beginning of a transcript: as if it stood in both answers.
-        prompt = prompt.strip()
-        answers = {f: prompt + text_field(fields.get(f), f, line) for f in ("chosen", "rejected")}
-        fields = {k: v for k, v in fields.items() if k != "prompt"} | answers
-    elif "prompt" in fields:
+    if "prompt" in fields and not repeats_beginning(fields):
         return fields
     chosen, rejected = (
         turns(fields[field], field, line) if isinstance(fields.get(field), list)
@@ -392,11 +391,37 @@ def with_prompt(fields, line):
     return fields | {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
+BEGINNING = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
+
+
+def is_beginning(prompt):
+    """Whether it is a transcript up to the answer, as files made from HH-RLHF have it."""
+    return isinstance(prompt, str) and BEGINNING.fullmatch(prompt) is not None
+
+
+def repeats_beginning(fields):
+    prompt, chosen = fields["prompt"], fields.get("chosen")
+    return is_beginning(prompt) and isinstance(chosen, str) and chosen.startswith(prompt.rstrip())
+
+
+def split_prompt(prompt, line):
+    """The turns of a transcript's beginning or of a HelpSteer2 prompt; other text as it is."""
+    if is_beginning(prompt):
+        return transcript(f"{prompt.strip()} -", "prompt", line)[:-1]
+    pieces = re.split(r"\n<extra_id_1>(User|Assistant)[ \t\r]*(?=\n)", prompt)
+    if len(pieces) == 1:
+        return prompt
+    if not all(map(str.strip, pieces)) or pieces[-2] != "User":
+        raise Unusable
+    return [{"role": who.lower(), "content": content.strip("\r\n")}
+            for who, content in zip(["user", *pieces[1::2]], pieces[::2], strict=True)]
+
+
 def take_prompt(fields, record, line):
     """The prompt; a system turn at its head moves into the record's system tier."""
     prompt = fields.get("prompt")
     if not isinstance(prompt, list):
-        prompt = helpsteer_turns(text_field(prompt, "prompt", line))
+        prompt = split_prompt(text_field(prompt, "prompt", line), line)
     if isinstance(prompt, str):
         return prompt
     prompt = turns(prompt, "prompt", line)
@@ -418,6 +443,10 @@ def answer_text(fields, field, record, line):
     The turns before it must be those of the record's prompt, with or without its system message.
     """
     answer = fields.get(field)
+    if isinstance(answer, str) and is_beginning(fields["prompt"]):
+        answer = answer.strip()
+        if not answer:
+            raise Unusable
     if not isinstance(answer, list):
         return text_field(answer, field, line)
     answer = turns(answer, field, line)
@@ -425,7 +454,7 @@ def answer_text(fields, field, record, line):
         raise UserError(f"{line}: field '{field}': must end with an assistant turn")
     prompt = prompt_turns(record)
     system = {"role": "system", "content": record.get("system")}
-    if answer[:-1] not in ([], prompt, [system, *prompt]):
+    if answer[:-1] not in ([], prompt, [system, *prompt], prompt_turns(fields)):
         raise UserError(f"{line}: field '{field}': its first turns are not the prompt's")
     return answer[-1]["content"]
 
@@ -446,7 +475,7 @@ def turns(messages, field, line):
 
 
 class Unusable(Exception):
-    """A transcript with an empty turn, without a last answer, or to another prompt: skipped."""
+    """A dialogue with an empty turn, without a last answer, or to another prompt: skipped."""
 
 
 def transcript(text, field, line):
@@ -458,7 +487,8 @@ def transcript(text, field, line):
         {"role": "user" if who == "Human" else "assistant", "content": content.strip()}
         for who, content in zip(pieces[1::2], pieces[2::2], strict=True)
     ]
-    if messages[-1]["role"] != "assistant" or not all(turn["content"] for turn in messages):
+    last = [turn["role"] for turn in messages[-2:]]
+    if last != ["user", "assistant"] or not all(turn["content"] for turn in messages):
         raise Unusable
     return turns(messages, field, line)
 
@@ -487,21 +517,13 @@ def ultrafeedback(fields, line):
 def helpsteer(fields, line):
     """(prompt, response, {aspect: score}) of a HelpSteer row."""
     prompt = text_field(fields.get("prompt"), "prompt", line)
+    split_prompt(prompt, line)
     response = text_field(fields.get("response"), "response", line)
     scores = {aspect: score(value, aspect, line) for aspect, value in fields.items()
               if aspect in ASPECTS}
     if not scores:
         raise UserError(f"{line}: field 'chosen': missing")
     return prompt, response, scores
-
-
-def helpsteer_turns(prompt):
-    """The prompt itself, or the turns that HelpSteer2's markers divide it into."""
-    pieces = re.split(r"\n\s*<extra_id_1>(User|Assistant)\n", prompt)
-    if len(pieces) == 1:
-        return prompt
-    return [{"role": who.lower(), "content": content.strip()}
-            for who, content in zip(["user", *pieces[1::2]], pieces[::2], strict=True)]
 
 
 def score(value, field, line):

@@ -63,26 +63,29 @@ class Contexts:
         A pair on which a user chose several times counts once. Raises UserError for a record that
         names no user or is not a pair.
         """
+        stated = sum(any(map(record.get, data.TEXT_TIERS)) for record in source or records)
+        if stated:
+            print(f"{stated} choices were made under a system message or preference, which those "
+                  "who are shown them do not see")
         given = sum("examples" in record for record in records)
         if given:
             print(f"{given} of {len(records)} rows: their own examples give way to choices of "
                   "their users")
         source = records if source is None else source
-        self.choices, self.of_user, to_prompt = [], defaultdict(list), defaultdict(dict)
-        for record in source:
-            made = choice(record)
-            prompt, *answers = pair_of(made)
-            known = to_prompt[user_of(record), prompt]
-            if is_certain(record) and tuple(answers) not in known:
-                known[tuple(answers)] = len(self.choices)
-                self.of_user[user_of(record)].append(len(self.choices))
-            self.choices.append(made)
+        self.choices, self.of_user = list(map(choice, source)), defaultdict(list)
+        known, with_answer = set(), defaultdict(set)
+        for i, record in enumerate(source):
+            user, (prompt, *answers) = user_of(record), pair_of(self.choices[i])
+            if is_certain(record) and (user, prompt, *answers) not in known:
+                known.add((user, prompt, *answers))
+                self.of_user[user].append(i)
+                for answer in answers:
+                    with_answer[user, prompt, answer].add(i)
         self.rows = []  # of each record its user, and which choices of theirs are not elsewhere
         for record in records:
-            prompt, *answers = pair_of(choice(record))
-            known = to_prompt.get((user_of(record), prompt), {})
-            self.rows.append((user_of(record), {i for others, i in known.items()
-                                                if {*others} & {*answers}}))
+            user, (prompt, *answers) = user_of(record), pair_of(choice(record))
+            same = [with_answer.get((user, prompt, answer), set()) for answer in answers]
+            self.rows.append((user, set.union(*same)))
 
     def sizes(self):
         """How many choices there are to be shown to each record."""

@@ -4,6 +4,9 @@
 
 Training has the choices of some people between statements of group a; tested are others, on
 statements of group b that no training row has, with their choices from group a or b as context.
+The folder has choices_train.jsonl (pairs with `user`, and meta.group a or b), statements.jsonl
+(`statement`, `facet`, `trait`) and answers_train.jsonl (`person`, who is a `user`, and `answers`,
+1 to 5 or null for each line of statements.jsonl).
 """
 
 import random

@@ -3,7 +3,10 @@
     python real.py --data $DATA            # writes out/real/*.jsonl, prints the length-only rule
     python real.py --ckpt out/real-dpo     # generated answers to held-out prompts
 
-Some wordings and personas never enter training, so that following unseen ones can be measured.
+$DATA has the folders polite, concise and personas, each with train.jsonl and val.jsonl of data.py's
+record; meta.preference_name names the side, meta.wording (of the first two) is stated or implied,
+meta.dataset is the source. Some wordings and personas never enter training, so that following
+unseen ones can be measured.
 """
 
 import itertools

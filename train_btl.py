@@ -231,6 +231,8 @@ def on_files(options, folder, device):
     if again:
         print(f"{options.pref_data}: left out {again} of {len(records)} rows on pairs that their "
               "user had already chosen from")
+    if max(map(len, users)) < 2:
+        raise UserError(f"{options.pref_data}: no user has two choices, to see one and predict one")
     config = {
         "stage": "np-btl", "options": dataclasses.asdict(options),
         "model": {"n_features": features.table.shape[1], "n_latent": options.latent,

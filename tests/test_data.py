@@ -369,11 +369,32 @@ def test_hh_transcripts_of_several_turns(read):
     [single] = read({"chosen": "\n\nHuman: Tea?\n\nAssistant: Yes.",
                      "rejected": "\n\nHuman: Tea?\n\nAssistant: No."})  # fmt: skip
     assert shown(single) == SIMPLE
-    records = read({"prompt": talk, "chosen": " Yes: tea.", "rejected": " No.", "response": ""},
-                   {"prompt": f"{talk[2:]} ", "chosen": "Yes: tea.", "rejected": "No."})
-    assert [shown(r) for r in records] == [shown(record)] * 2
+
+
+def test_a_prompt_may_be_the_beginning_of_a_transcript(read, write_rows, capsys):
+    talk = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Tea?\n\nAssistant:"
+    asked = [turn("user", "Hi"), turn("assistant", "Hello."), turn("user", "Tea?")]
+    expected = {"prompt": asked, "chosen": "Yes: tea.", "rejected": "No."}
+    lists = {"chosen": [turn("assistant", "Yes: tea.")],
+             "rejected": [turn("user", talk), turn("assistant", "No.")]}
+    rows = [
+        {"prompt": talk, "chosen": " Yes: tea.", "rejected": " No."},
+        {"prompt": f"{talk[2:]} ", "chosen": "Yes: tea.", "rejected": "No."},
+        {"prompt": talk, "chosen": f"{talk} Yes: tea.", "rejected": f"{talk} No."},
+        {"prompt": talk} | lists,
+    ]
+    assert [shown(record) for record in read(*rows)] == [expected] * 4
+    [record] = read({"prompt": talk, "chosen": "A\n\nHuman: B\n\nAssistant: C", "rejected": "D"})
+    assert record["prompt"] == asked and record["chosen"].endswith("Assistant: C")
     [quoted] = read(SIMPLE | {"prompt": "Go on:\n\nHuman: Hi\n\nAssistant:"})
     assert quoted["prompt"] == "Go on:\n\nHuman: Hi\n\nAssistant:"
+    for row in ({"response": " Yes: tea."}, {"output": " Yes: tea."},
+                rows[0] | {"response": "Yes: tea."}):  # fmt: skip
+        [record] = data.read_responses(str(write_rows("sft.jsonl", {"prompt": talk} | row)))
+        assert (record["prompt"], record["response"]) == (asked, "Yes: tea.")
+    capsys.readouterr()
+    assert len(read(rows[0], rows[0] | {"rejected": " "})) == 1
+    assert "rows.jsonl:2: the first of 1 dialogues that were skipped" in capsys.readouterr().out
 
 
 UNUSABLE = {
@@ -381,6 +402,7 @@ UNUSABLE = {
     "no answer": "\n\nHuman: Tea?\n\nAssistant: ",
     "an empty turn": "\n\nHuman:\n\nAssistant: No.",
     "the user last": "\n\nHuman: Tea?\n\nAssistant: No.\n\nHuman: Why?",
+    "two answers": "\n\nHuman: Tea?\n\nAssistant: Yes.\n\nAssistant: No.",
 }
 
 
@@ -393,7 +415,7 @@ def test_unusable_transcripts_are_skipped_and_counted(write_rows, capsys, reject
     for read in (data.read_records, data.read_responses):
         [record] = read(path)
         assert record["chosen"] == SIMPLE["chosen"]
-        assert "a.jsonl:1: the first of 2 transcripts that were skipped" in capsys.readouterr().out
+        assert "a.jsonl:1: the first of 2 dialogues that were skipped" in capsys.readouterr().out
     with pytest.raises(UserError, match="no pair to learn from"):
         data.read_records(str(write_rows("a.jsonl", spoilt)))
     answers = {field: [turn("user", f"{field}?"), turn("assistant", "Yes.")]
@@ -461,7 +483,7 @@ def test_helpsteer_rows_become_pairs_and_disagreeing_aspects_flip(read):
     assert records[i]["preference"] != records[j]["preference"]
 
 
-def test_helpsteer_prompts_of_several_turns(read, write_rows):
+def test_helpsteer_prompts_of_several_turns(read, write_rows, capsys):
     prompt = "Hi\n\n<extra_id_1>Assistant\n\nHello\n\n<extra_id_1>User\n\nTea?"
     rows = [{"prompt": prompt, "response": r, "verbosity": i} for i, r in enumerate("AB")]
     asked = [turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Tea?")]
@@ -469,10 +491,13 @@ def test_helpsteer_prompts_of_several_turns(read, write_rows):
     assert (record["prompt"], record["chosen"], record["rejected"]) == (asked, "B", "A")
     for record in data.read_responses(str(write_rows("sft.jsonl", *rows))):
         assert record["prompt"] == asked
-    with pytest.raises(UserError, match=r":1: field 'prompt': must end with a user turn"):
-        read(*(row | {"prompt": "Hi\n<extra_id_1>Assistant\nHello"} for row in rows))
-    with pytest.raises(UserError, match=r":1: field 'prompt\[2\].content': empty"):
-        read(*(row | {"prompt": prompt[:-4]} for row in rows))
+    [pair] = read({"prompt": prompt, "chosen": [turn("user", prompt), turn("assistant", "A")],
+                   "rejected": "B"})  # fmt: skip
+    assert shown(pair) == {"prompt": asked, "chosen": "A", "rejected": "B"}
+    for spoilt in (prompt[:-4], prompt + "\n<extra_id_1>Assistant\nYes.",
+                   "Hi\n<extra_id_1>Assistant\n<extra_id_1>User\nTea?"):  # fmt: skip
+        assert len(read(rows[0], rows[1], rows[0] | {"prompt": spoilt})) == 1
+        assert "rows.jsonl:3: the first of 1 dialogues" in capsys.readouterr().out
 
 
 def test_of_rated_completions_sft_learns_the_chosen_ones(write_rows):

@@ -110,6 +110,14 @@ def test_a_choice_of_uncertain_label_is_shown_to_nobody():
         assert bool(asked & doubtful) == (rows[i]["user"] != rows[0]["user"])
 
 
+def test_that_a_stated_preference_is_not_shown_is_said(capsys):
+    rows = user_rows()
+    few_shot.with_context(rows, 1)
+    assert "preference" not in capsys.readouterr().out
+    few_shot.with_context([rows[0] | {"preference": "Be brief."}, *rows[1:]], 1)
+    assert "1 choices were made under a system message or preference" in capsys.readouterr().out
+
+
 def test_choices_are_taken_from_all_files_and_there_have_to_be_some(
     users, write_rows, command, tmp_path
 ):
@@ -385,6 +393,14 @@ def test_kl_divergence_is_that_of_torch():
     expected = torch.distributions.kl_divergence(*normals).sum(1)
     found = train_btl.kl_divergence(a[0], a[1].exp(), b[0], b[1].exp())
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_reward_model_needs_users_with_two_choices(users, write_rows, command):
+    for extra, named in (({}, "no user has two choices"), ({"label_prob": 0.9}, "label_prob")):
+        write_rows("one.jsonl", *[row | {"user": i} | extra for i, row in enumerate(user_rows())])
+        status, _, err = command(train_btl, "--pref_data", "one.jsonl", "--init_from", "tiny",
+                                 "--out_dir", "out/r", "--device", "cpu")  # fmt: skip
+        assert status == 2 and named in err and not Path("out/r").exists()
 
 
 def test_a_reward_model_of_files_is_evaluated_like_the_others(users, command, monkeypatch):
