@@ -53,20 +53,17 @@ class Options:
     rounds: int = 2  # train, sample, prefix: how often the sides take turns
     sizes: tuple[str, ...] = ("135M", "360M", "1.1B")  # memory: which of the shapes below
     lora_rank: int = 0  # adapters of this rank; train, 0: the whole model; memory, 0: 16
-    max_gib: float = 12.0  # memory: skip what would not fit, 16 bytes a trained parameter
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: str = "auto"  # auto, bf16, fp16, fp32
 
     def __post_init__(self):
         common.at_least(self, 1, "pairs", "batch_size", "rounds")
         common.at_least(self, 0, "lora_rank")
-        peers = {"train": ("", "trl"), "sample": ("", "transformers"),
-                 "prefix": ("", "transformers"), "memory": ("",)}
+        peers = {"train": "trl", "sample": "transformers", "prefix": "transformers", "memory": ""}
         if self.what not in peers:
             raise UserError(f"{self.what}: must be {', '.join(peers)}")
-        if self.vs not in peers[self.what]:
-            peer = ", ".join(peers[self.what][1:]) or "no peer"
-            raise UserError(f"--vs {self.vs}: {self.what} has {peer}")
+        if self.vs not in ("", peers[self.what]):
+            raise UserError(f"--vs {self.vs}: {self.what} has {peers[self.what] or 'no peer'}")
         if self.vs == "trl" and self.lora_rank:
             raise UserError("--vs trl trains the whole model: leave out --lora_rank")
         unknown = set(self.sizes) - set(SHAPES)
@@ -242,7 +239,7 @@ def train_trl(job):
 
 def encoded_rows(job):
     """(examples of pairs.jsonl, the order in which train_dpo.py takes them)."""
-    [(_, records)] = data.read_preferences("pairs.jsonl")
+    records = data.read_records("pairs.jsonl")
     tokenizer, block_size = load_tokenizer(job.init_from)
     examples = data.encode_all(records, tokenizer, block_size, "pairs.jsonl")
     groups = evaluate.flip_groups(records)
@@ -468,6 +465,7 @@ def prefix(options, device, precision):
 
 # ---------------------------------------------------------------- memory by model size
 
+MAX_GIB = 12.0  # what would not fit into as much is skipped: 16 bytes a trained parameter
 # n_layer, n_head, n_kv_head, n_embd, n_hidden, vocab_size, tied
 SHAPES = {
     "135M": (30, 9, 3, 576, 1536, 49152, True),  # SmolLM2
@@ -502,7 +500,7 @@ def write_pairs(path, n):
         return "".join(rng.choices("bcdfghjklmnpqrstvwxz", k=size))
 
     rows = [{"prompt": text(256), "chosen": text(128), "rejected": text(128)} for _ in range(n)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data.save_records(path, rows)
 
 
 def one_step(job, checkpointing):
@@ -524,7 +522,7 @@ def memory(options, device, precision):
             write_pairs(Path(folder, "pairs.jsonl"), options.batch_size)
             found = result[size] = {"parameters": n}
             for method, rank in {"full": 0, "LoRA": options.lora_rank or 16}.items():
-                if method == "full" and 16 * n / 2**30 > options.max_gib:
+                if method == "full" and 16 * n / 2**30 > MAX_GIB:
                     continue
                 job = Job(folder, folder, options.batch_size, rank, str(device), precision)
                 for kind, checkpointing in {"": False, "+checkpointing": True}.items():
@@ -570,9 +568,8 @@ def main(options):
         for module in modules:
             if importlib.util.find_spec(module) is None:
                 raise UserError(f"--vs {options.vs}: needs the package {module}")
-        peer = PEERS[options.what]
         conditions["peer"] = {module: importlib.metadata.version(module) for module in modules}
-        conditions["peer"]["settings"] = " ".join(peer.__doc__.split())
+        conditions["peer"]["settings"] = " ".join(PEERS[options.what].__doc__.split())
         if not hf_model.is_pretrained(hf_model.find(options.init_from)):
             raise UserError(f"--vs {options.vs}: --init_from must be a Hugging Face folder")
     measure = {"train": train, "sample": sample, "prefix": prefix, "memory": memory}[options.what]

@@ -289,11 +289,8 @@ def claim(folder, resume, overwrite):
 
 def clear(folder, overwrite):
     """Delete what --overwrite replaces: True if there is a checkpoint to go on with."""
-    try:
-        for name in RUN_FILES if overwrite else ():
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot use this folder: {error.strerror}") from None
+    for name in RUN_FILES if overwrite else ():
+        (folder / name).unlink(missing_ok=True)
     return (folder / "ckpt.pt").exists()
 
 
@@ -315,7 +312,7 @@ def lock(folder):
 def write_atomically(path, write):
     """Call write(temporary path), then rename, so that `path` is either old or whole.
 
-    Its folder is made where it is missing.
+    Its folder is made where it is missing. Of several processes the first one writes.
     """
     if distributed.RANK:
         return

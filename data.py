@@ -200,8 +200,7 @@ def read_preferences(names):
         same = len(records) - len(kept)
         if same:
             print(f"{path}: skipped {same} of {len(records)} rows: both answers are the same")
-        print_unusable(unusable)
-        print_ignored(path, ignored)
+        print_left_out(path, unusable, ignored)
         if not kept:
             raise UserError(f"{path}: no pair to learn from")
         datasets.append((dataset_name(path), kept))
@@ -229,15 +228,12 @@ ASPECTS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 RECORD_FIELDS = {*META_PROMPT, "prompt", "chosen", "rejected", "label_prob", "user", "meta"}
 
 
-def print_unusable(lines):
-    if lines:
-        print(f"{lines[0]}: the first of {len(lines)} dialogues that were skipped: an empty "
-              "turn, no last answer, or two prompts")
-
-
-def print_ignored(path, fields):
-    if fields:
-        print(f"{path}: ignored fields: {', '.join(sorted(fields))}")
+def print_left_out(path, unusable, ignored):
+    if unusable:
+        print(f"{unusable[0]}: the first of {len(unusable)} dialogues that were skipped: an "
+              "empty turn, no last answer, or two prompts")
+    if ignored:
+        print(f"{path}: ignored fields: {', '.join(sorted(ignored))}")
 
 
 def read_responses(names):
@@ -263,8 +259,7 @@ def read_responses(names):
                 records.append(response_record(fields, line))
             except Unusable:
                 unusable.append(line)
-        print_unusable(unusable)
-        print_ignored(path, ignored)
+        print_left_out(path, unusable, ignored)
     if not records:
         raise UserError("--data: no rows to learn from")
     return records
@@ -517,7 +512,7 @@ def ultrafeedback(fields, line):
 def helpsteer(fields, line):
     """(prompt, response, {aspect: score}) of a HelpSteer row."""
     prompt = text_field(fields.get("prompt"), "prompt", line)
-    split_prompt(prompt, line)
+    split_prompt(prompt, line)  # a dialogue that is unusable is so here
     response = text_field(fields.get("response"), "response", line)
     scores = {aspect: score(value, aspect, line) for aspect, value in fields.items()
               if aspect in ASPECTS}
@@ -602,9 +597,8 @@ def encode(record, tokenizer, block_size, structure=0):
                         f"a context of {block_size}")
     query_size = sum(map(len, contents))
     answer_room = max(room // 2, room - query_size)
-    longest = max(map(len, answers), default=answer_room)
     kept = [answer[:answer_room] for answer in answers]
-    contents = cut_middle(contents, room - min(longest, answer_room))
+    contents = cut_middle(contents, room - max(map(len, kept), default=answer_room))
 
     is_cut = sum(map(len, contents)) < query_size
     trunk = tokenizer.render(record, contents if is_cut else None)

@@ -105,7 +105,7 @@ def pair_logps_once(model, examples, micro_tokens, progress=""):
     return torch.stack([logps[place][order] for place, order in places])
 
 
-def reference_logps(model, weights, examples, micro_tokens, progress=""):
+def reference_logps(model, weights, examples, micro_tokens, progress):
     """`pair_logps_once` of a frozen model, kept under out/cache; `weights` is their hash.
 
     The file's name is the hash of all it depends on: weights, sizes, precision, device, the code of
@@ -140,15 +140,14 @@ def encode_both(records, tokenizer, block_size, what):
     All rows of one pair are cut as the longest of their meta-prompts demands, so that every score
     compares the same texts.
     """
+    bare = list(map(data.without_meta_prompt, records))
     shown, alone = [None] * len(records), [None] * len(records)
     for rows in same_pair(records):
-        bare = data.without_meta_prompt(records[rows[0]])
-        versions = [bare, *(records[i] for i in rows)]
+        versions = [bare[rows[0]], *(records[i] for i in rows)]
         structure = max(data.structure_size(version, tokenizer) for version in versions)
         for i in rows:
-            bare = data.without_meta_prompt(records[i])
             shown[i] = data.encode(records[i], tokenizer, block_size, structure)
-            alone[i] = data.encode(bare, tokenizer, block_size, structure)
+            alone[i] = data.encode(bare[i], tokenizer, block_size, structure)
     data.print_cuts(shown, block_size, what)
     return shown, alone
 
@@ -321,11 +320,11 @@ def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens,
     results, alone_logps = {policy: {} for policy in policies}, {}
     latent = any(model.encoder is not None for model in policies.values())
     block_size = min(model.config.block_size for model in (reference, *policies.values()))
-    without = few_shot.without_examples
-    read = [[without(r) for r in rows] if latent else rows for _, rows in datasets]
-    encoded = [encode_both(rows, tokenizer, block_size, name)  # what does not fit stops here
-               for (name, _), rows in zip(datasets, read, strict=True)]
-    for (name, records), rows, (shown, alone) in zip(datasets, read, encoded, strict=True):
+    encoded = []  # all of them first, so that what does not fit stops here
+    for name, records in datasets:
+        read = [few_shot.without_examples(r) for r in records] if latent else records
+        encoded.append((name, records, read, *encode_both(read, tokenizer, block_size, name)))
+    for name, records, read, shown, alone in encoded:
         logps = {reference: [
             reference_logps(reference, weights, examples, micro_tokens, f"reference, {name}")
             for examples in (shown, alone)
@@ -345,7 +344,7 @@ def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens,
         for policy, model in policies.items():
             found, axes = steerability(*logps[model], *logps[reference], flips), {}
             if name.split(",")[0] in OURS:
-                asked = records if model is not reference else rows
+                asked = read if model is reference else records
                 generated, axes = score_generated(
                     model, tokenizer, asked, max_new_tokens, f"{policy} answers {name}"
                 )
@@ -379,7 +378,7 @@ def print_table(results):
         print(f"{name:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
 
 
-def load_reward_model(folder, config, device):
+def load_reward_model(folder, config, device, micro_tokens):
     """(reward model, how it sees answers) of a run of train_btl.py."""
     base, tokenizer = load_checkpoint(reference_folder(folder, config), device)
     path = Path(folder) / "model.pt"
@@ -390,7 +389,7 @@ def load_reward_model(folder, config, device):
         if common.out_of_memory(error):
             raise
         raise UserError(f"{path}: not the weights of its config.json: {error}") from None
-    return model, few_shot.Features(for_inference(base), tokenizer)
+    return model, few_shot.Features(for_inference(base), tokenizer, micro_tokens)
 
 
 @torch.no_grad()
@@ -448,25 +447,20 @@ def load_reference(options, policy, tokenizer, config, device, dtype):
     return reference, folder
 
 
-def load_datasets(options):
-    datasets = load_preferences(options.pref_data)
-    if options.context:
-        datasets = add_contexts(datasets, list(map(int, options.context)), options.context_data)
-    return datasets
-
-
 def main(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
     dtype = common.PRECISIONS[precision]
     ckpt = hf_model.find(options.ckpt)
     config = common.load_json(ckpt / "config.json")
+    datasets = load_preferences(options.pref_data)
+    if options.context:
+        datasets = add_contexts(datasets, list(map(int, options.context)), options.context_data)
     if config.get("stage") == "np-btl":
         if options.reference:
             raise UserError(f"--reference: {ckpt} is a reward model, which has none")
-        model, features = load_reward_model(ckpt, config, device)
-        features.micro_tokens = options.micro_tokens
-        results = evaluate_rewards(model, features, load_datasets(options))
+        model, features = load_reward_model(ckpt, config, device, options.micro_tokens)
+        results = evaluate_rewards(model, features, datasets)
         print_table(results)
         save_report(ckpt, results, "none: rewards are compared as they are", "fp32")
         return
@@ -474,7 +468,6 @@ def main(options):
     if policy.features:
         policy.features.micro_tokens = options.micro_tokens
     reference, folder = load_reference(options, policy, tokenizer, config, device, dtype)
-    datasets = load_datasets(options)
     policy, reference = for_inference(policy), for_inference(reference)
     with common.autocast(device, precision):
         results = evaluate(

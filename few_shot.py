@@ -178,10 +178,9 @@ class Features:
         return keys
 
     def add(self, keys):
-        examples = [data.encode({"prompt": prompt, "response": answer, "where": "a choice"},
-                                self.tokenizer, self.model.config.block_size)
-                    for prompt, answer in keys]
-        data.print_cuts(examples, self.model.config.block_size, "choices")
+        records = [{"prompt": prompt, "response": answer, "where": "a choice"}
+                   for prompt, answer in keys]
+        examples = data.encode_all(records, self.tokenizer, self.model.config.block_size, "choices")
         found = self.table.new_empty(len(keys), self.table.shape[1])
         for rows in data.micro_batches(examples, self.micro_tokens):
             trees = pack([examples[i].tree for i in rows], self.table.device)

@@ -243,13 +243,12 @@ HUB_FILES = {"allow_patterns": ["*.json", "*.safetensors", "*.jinja", "tokenizer
 
 def is_pretrained(folder):
     """Is this a Hugging Face model folder (and not one of our runs)?"""
-    path = Path(folder) / "config.json"
+    path = folder / "config.json"
     return path.exists() and "model_type" in common.load_json(path)
 
 
-def load(folder, device, dtype=torch.float32):
+def load(folder, device, dtype):
     """(model, tokenizer) of a Hugging Face folder; dtype as in `model.from_weights`."""
-    folder = Path(folder)
     config = read_config(folder / "config.json")
     tokenizer = HfTokenizer.load(folder)
     try:

@@ -391,7 +391,7 @@ class HfTokenizer:
         return cls(folder)
 
     def __init__(self, folder):
-        self.folder, self.name, self.skeletons = folder, folder.resolve().name, {}
+        self.folder, self.skeletons = folder, {}
         spec = load_json(folder / "tokenizer.json")
         names = [name for name in (*TOKENIZER_FILES, *MODEL_CONFIGS) if (folder / name).exists()]
         found = {name: load_json(folder / name) if name in names else {}

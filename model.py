@@ -518,7 +518,7 @@ class Transformer(nn.Module):
         return self
 
     def forward(self, trees, cache=None):
-        """Outputs (T, C) of every token of the batch: of trees, or with a cache of a `Step`."""
+        """Outputs (T, C) of every token: of trees, which fill a given cache, or of a `Step`."""
         angles = trees.positions[:, None, None] * self.frequencies  # (T, 1, D / 2)
         cos, sin = angles.cos().repeat(1, 1, 2), angles.sin()
         sin = torch.cat((-sin, sin), dim=-1)
@@ -743,10 +743,16 @@ class Step:
 
     tokens: torch.Tensor  # (B,)
     positions: torch.Tensor  # (B,)
-    tree: torch.Tensor  # (B,) 0, 1, ...: each sequence is a tree
-    n_keys: int  # those of the longest sequence, the new token among them
-    mask: torch.Tensor | None  # (B, 1, 1, n_keys) bool; None: all sequences are equally long
     z: torch.Tensor | None  # (B, n_latent) what steers each sequence
+    n_keys: int  # at least those of the longest sequence, the new token among them
+    masked: bool  # False: all sequences have n_keys keys
+
+    def __post_init__(self):
+        device, self.mask = self.tokens.device, None
+        self.tree = torch.arange(len(self.tokens), device=device)  # each sequence is a tree
+        if self.masked:
+            mask = torch.arange(self.n_keys, device=device) <= self.positions[:, None]
+            self.mask = mask[:, None, None]  # (B, 1, 1, n_keys)
 
     def attend(self, q, k, v, cache):
         """Attention of q (B, H, D) over a layer's cache (2, B, KV, size, D): (B, H * D).
@@ -763,15 +769,6 @@ class Step:
         q = q.unflatten(1, (k.shape[1], -1)).to(cache.dtype)  # (B, KV, H / KV, D)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask)
         return y.flatten(1).type_as(k)
-
-
-def next_step(tokens, positions, z, n_keys, masked):
-    """The `Step` of tokens (B,) at positions (B,), each of which sees those up to its own."""
-    rows, mask = torch.arange(len(tokens), device=tokens.device), None
-    if masked:
-        mask = torch.arange(n_keys, device=tokens.device) <= positions[:, None]
-        mask = mask[:, None, None]
-    return Step(tokens, positions, rows, n_keys, mask, z)
 
 
 GRAPHS = ("cuda",)  # devices on which a step is captured
@@ -814,7 +811,7 @@ class CapturedStep:
         size = cache.shape[-2]
 
         def outputs():
-            return model(next_step(self.tokens, self.positions, z, size, masked=True), cache)
+            return model(Step(self.tokens, self.positions, z, size, masked=True), cache)
 
         self.outputs = capture(outputs, tokens.device)
 
@@ -888,7 +885,7 @@ def generate(model, prompts, ends, max_new_tokens, generator=None, z=None, **sam
             outputs = captured(chosen, positions)
         else:
             masked = min(sizes) < max(sizes)
-            outputs = model(next_step(chosen, positions, z, max(sizes), masked), cache)
+            outputs = model(Step(chosen, positions, z, max(sizes), masked), cache)
 
 
 def pack_prompts(prompts, z, device):

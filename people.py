@@ -33,13 +33,13 @@ class Options:
     out_dir: str = "out/people"  # folder of the files
     held_out: int = 50  # people to evaluate on, who are not trained on
     test_data: str = ""  # choices of further people to evaluate on instead
-    test_rows: int = 10  # how many choices of each of them are evaluated
     seed: int = 0  # of who is held out
 
     def __post_init__(self):
-        common.at_least(self, 1, "held_out", "test_rows")
+        common.at_least(self, 1, "held_out")
 
 
+TEST_ROWS = 10  # how many choices of each person are evaluated
 SIZES = (0, 1, 3, 5, 10, 20)  # choices known
 NP_BTL = train_btl.Options(
     context=20, targets=20, steps=200, n_hidden=256, n_layer=2, learning_rate=3e-3
@@ -298,7 +298,7 @@ def main(options):
         trained, unseen = records, data.read_records(options.test_data)
     else:
         trained, unseen = hold_out(records, options.held_out, options.seed)
-    files = split(trained, unseen, options.test_rows)
+    files = split(trained, unseen, TEST_ROWS)
     statements = read_statements(folder / "statements.jsonl")
     known = {row["statement"] for row in statements}
     for record in trained + unseen:

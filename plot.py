@@ -117,16 +117,14 @@ def main(options):
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError("plot.py needs matplotlib: pip install -r requirements-dev.txt") from None
-    kind = next((kind for kind in ("latent", "choices", "prefix") if getattr(options, kind)),
-                "listening")  # fmt: skip
-    if kind == "latent":
-        figure = draw_latent(plt, options.latent)
-    elif kind == "choices":
-        figure = draw_choices(plt, options.choices, options.metrics)
-    elif kind == "prefix":
-        figure = draw_prefix(plt, Path(options.prefix))
+    if options.latent:
+        kind, figure = "latent", draw_latent(plt, options.latent)
+    elif options.choices:
+        kind, figure = "choices", draw_choices(plt, options.choices, options.metrics)
+    elif options.prefix:
+        kind, figure = "prefix", draw_prefix(plt, Path(options.prefix))
     else:
-        figure = draw_run(plt, Path(options.run) / "log.jsonl")
+        kind, figure = "listening", draw_run(plt, Path(options.run) / "log.jsonl")
     path = Path(options.figure or f"assets/{kind}.png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,13 +38,10 @@ class Options:
     personas_pairs: int = 600  # how many pairs of statements
     seed: int = 0  # of what is held out and drawn
     ckpt: str = ""  # answer held-out prompts with this checkpoint instead
-    prompts: int = 20  # how many
-    max_new_tokens: int = 200  # longest answer, in tokens
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: str = "auto"  # auto, bf16, fp16, fp32
 
     def __post_init__(self):
-        common.at_least(self, 1, "prompts", "max_new_tokens")
         common.at_least(
             self, 0, "polite_copies", "concise_copies", "concise_pairs", "concise_size",
             "personas_pairs", "seed",
@@ -62,7 +59,7 @@ UNSEEN_ROWS = 160  # held-out rows that are asked again under unseen wordings
 
 def read(folder, name, split):
     """Records of one file, whose meta must name the preference and, in WORDED, its wording."""
-    [(_, records)] = data.read_preferences(str(Path(folder) / name / f"{split}.jsonl"))
+    records = data.read_records(str(Path(folder) / name / f"{split}.jsonl"))
     needed = {"preference_name", "wording"} if name in WORDED else {"preference_name"}
     for record in records:
         meta = record.get("meta", {})
@@ -97,9 +94,8 @@ def wordings(records, rng):
     more = common.load_json(Path(__file__).with_name("wordings.json"))
     found = defaultdict(set)
     for record in records:
-        found[record["meta"]["preference_name"], record["meta"]["wording"]].add(
-            record["preference"]
-        )
+        meta = record["meta"]
+        found[meta["preference_name"], meta["wording"]].add(record["preference"])
     seen, unseen = {}, {}
     for (name, kind), texts in sorted(found.items()):
         texts = rng.sample(sorted(texts), len(texts))
@@ -162,22 +158,19 @@ def personas_sets(folder, rng):
 
 def prepare(options):
     """{file name: rows} of the training file and of every evaluation set."""
-    seed, train, sets = options.seed, [], {}
-    again, found = worded_sets(options.data, "polite", random.Random(seed))
-    sets |= found
+    seed, train = options.seed, []
+    again, polite = worded_sets(options.data, "polite", random.Random(seed))
     train += map(again, read(options.data, "polite", "train") * options.polite_copies)
-    again, found = worded_sets(options.data, "concise", random.Random(seed))
-    sets |= found
+    again, concise = worded_sets(options.data, "concise", random.Random(seed))
     pairs = [pair for pair in flips(read(options.data, "concise", "train"))
              if max(map(characters, pair)) <= options.concise_size and all(map(obeyed, pair))]
     pairs = random.Random(seed).sample(pairs, min(options.concise_pairs, len(pairs)))
     for pair in pairs * options.concise_copies:
         train += map(again, pair)
-    pairs, found = personas_sets(options.data, random.Random(seed))
-    sets |= found
+    pairs, personas = personas_sets(options.data, random.Random(seed))
     for pair in random.Random(seed).sample(pairs, min(options.personas_pairs, len(pairs))):
         train += pair
-    return {"train": train, **sets}
+    return {"train": train} | polite | concise | personas
 
 
 # ---------------------------------------------------------------- the length-only rule
@@ -209,6 +202,7 @@ def print_length_rule(sets):
 
 # ---------------------------------------------------------------- generated answers
 
+PROMPTS, MAX_NEW_TOKENS = 20, 200  # how many of each, and the longest answer
 ASKED = {"concise": ("Be concise.", "Be detailed."), "polite": ("Please be polite.", "Be blunt.")}
 
 
@@ -225,14 +219,13 @@ def answer_both_ways(options):
     model, tokenizer = load_checkpoint(options.ckpt, device, common.PRECISIONS[precision])
     model = for_inference(model, sampling=True)
     for name, preferences in ASKED.items():
-        path = Path(options.out_dir) / f"{name}-val.jsonl"
-        [(_, records)] = data.read_preferences(str(path))
-        prompts = first_prompts(records, options.prompts)
+        records = data.read_records(str(Path(options.out_dir) / f"{name}-val.jsonl"))
+        prompts = first_prompts(records, PROMPTS)
         texts = {}
         with common.autocast(device, precision):
             for preference in preferences:
                 asked = [{"preference": preference, "prompt": prompt} for prompt in prompts]
-                texts[preference] = answer(model, tokenizer, asked, options.max_new_tokens)
+                texts[preference] = answer(model, tokenizer, asked, MAX_NEW_TOKENS)
         for i, prompt in enumerate(prompts):
             print(f"\n{prompt}")
             for preference in preferences:

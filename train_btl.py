@@ -36,8 +36,8 @@ class Options:
     init_from: str = ""  # on users or files: the frozen model that reads the answers
     out_dir: str = ""  # folder of this run; default for synthetic: out/btl
     overwrite: bool = False  # replace a run that is there
-    context: int = 10  # most choices to infer a preference from; each step draws 0 to this many
-    targets: int = 16  # more choices a step; predicted are all that are not in the context
+    context: int = 10  # most choices to infer a user's preference from; drawn are 0 to this many
+    targets: int = 16  # further choices of each user; predicted are all that are not in the context
     latent: int = 8  # channels of the latent
     kl_weight: float = 0.0  # variational latent: weight of KL(z given all pairs, z given context)
     n_hidden: int = 64  # channels of the layers

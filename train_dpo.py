@@ -21,15 +21,7 @@ import few_shot
 import train_sft
 import world
 from common import UserError
-from model import (
-    AdaptersOff,
-    adapt,
-    add_latent,
-    answer_logps,
-    for_inference,
-    from_weights,
-    pack,
-)
+from model import AdaptersOff, adapt, add_latent, answer_logps, for_inference, from_weights, pack
 from sample import load_start, print_side_by_side, start_of
 
 
@@ -188,9 +180,7 @@ def main(options):
     precision = common.pick_precision(options.precision, device)
     torch.manual_seed(options.seed)
     init_from = options.init_from or ("out/sft" if in_world else f"{folder}-sft")
-    common.on_first(
-        common.check_folder, folder, options.resume, options.overwrite, init_from
-    )
+    common.on_first(common.check_folder, folder, options.resume, options.overwrite, init_from)
 
     # 2. Data.
     if in_world:
@@ -206,9 +196,7 @@ def main(options):
         options.batch_size, options.epochs, options.max_steps, options.seed,
     )  # fmt: skip
     if options.context:  # drawn anew each time that a row is taken
-        records = few_shot.with_random_contexts(
-            records, order.rows, options.context, options.seed
-        )
+        records = few_shot.with_random_contexts(records, order.rows, options.context, options.seed)
         order.rows = list(range(len(records)))
         held_out = evaluate.add_contexts(held_out, [options.context])
     choices = [record.get("examples") for record in records] if options.latent else []
@@ -219,16 +207,14 @@ def main(options):
     if not options.init_from:
         first_stage(options, Path(init_from))
     frozen = common.PRECISIONS[precision]
-    lora = options.lora_rank > 0
     first = distributed.first_device(device, options.fsdp)
-    policy, tokenizer = load_start(init_from, first, frozen if lora else torch.float32)
+    policy, tokenizer = load_start(init_from, first, frozen if options.lora_rank else torch.float32)
     adapt(policy, options.lora_rank, options.seed)
-    if lora:
+    if options.lora_rank:
         reference = AdaptersOff(policy)
     else:
-        weights = policy.named_parameters()
-        reference = from_weights(policy.config, weights, device, frozen).eval()
-        reference = for_inference(reference)
+        reference = from_weights(policy.config, policy.named_parameters(), device, frozen)
+        reference = for_inference(reference.eval())
     if options.latent:
         add_latent(policy, options.latent, options.seed)
         policy.features = few_shot.Features(reference, tokenizer, options.micro_tokens)
@@ -280,7 +266,7 @@ def main(options):
     tokenizer.save(folder)
     log = common.Log(folder, first_step)
 
-    # 6. Loop; the last round only evaluates and saves.
+    # 6. Loop; the last round only evaluates.
     bar = common.progress_bar(order, first_step, "dpo")
     for step in range(first_step, order.max_steps + 1):
         last = step == order.max_steps

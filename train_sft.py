@@ -88,9 +88,7 @@ def main(options):
     precision = common.pick_precision(options.precision, device)
     torch.manual_seed(options.seed)
     init_from = "" if options.init_from == "scratch" else options.init_from
-    common.on_first(
-        common.check_folder, folder, options.resume, options.overwrite, init_from
-    )
+    common.on_first(common.check_folder, folder, options.resume, options.overwrite, init_from)
 
     # 2. Data.
     if options.data in world.SFT_DATA:
@@ -102,9 +100,7 @@ def main(options):
         options.batch_size, options.epochs, options.max_steps, options.seed,
     )  # fmt: skip
     if options.context:  # drawn anew each time that a row is taken
-        records = few_shot.with_random_contexts(
-            records, order.rows, options.context, options.seed
-        )
+        records = few_shot.with_random_contexts(records, order.rows, options.context, options.seed)
         order.rows = list(range(len(records)))
     records = [data.chosen_as_response(record) for record in records]
 

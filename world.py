@@ -309,7 +309,12 @@ AXIS_OF = {value: axis for axis, values in AXES.items() for value in values}
 OPPOSITE = {a: b for pair in AXES.values() for a, b in (pair, pair[::-1])}
 
 
-def draw_axes(rng, held_out=False, sizes=(1, 1, 2, 3)):
+def draw_style(rng):
+    """A style: a value on each axis."""
+    return {axis: rng.choice(values) for axis, values in AXES.items()}
+
+
+def draw_axes(rng, held_out, sizes):
     """Axes to mention at once: a set that training uses, or one that it never does."""
     sets = [s for s in itertools.combinations(AXES, rng.choice(sizes))
             if any(pair <= set(s) for pair in HELD_OUT_AXES) == held_out]
@@ -443,14 +448,14 @@ def state(rng, values, templates=USER_TEMPLATES, unseen=False):
     return " ".join(re.sub(r"\{\}|\[\]", keyword, t) for t, keyword in sentences)
 
 
-def stated(rng, values, unseen=False):
+def stated(rng, values, unseen):
     """Meta-prompt that states the values, some of them in the system tier."""
     n = rng.randrange(len(values)) if rng.random() < 0.3 and not unseen else 0
     meta = {"preference": state(rng, values[n:], unseen=unseen)}
     return ({"system": state(rng, values[:n], SYSTEM_TEMPLATES)} if n else {}) | meta
 
 
-def implied(rng, values, unseen=False):
+def implied(rng, values, unseen):
     """Meta-prompt that tells backgrounds which imply the values."""
     texts = [rng.choice(BACKGROUNDS[value][unseen].split("|")) for value in values]
     return {"preference": " ".join(texts)}
@@ -486,7 +491,7 @@ def flip(rng, split, evaluation=False):
     content = draw_content(rng, evaluation)
     sizes = {"priority": (1,), "unseen_combination": (2, 3)}.get(split, (1, 1, 2, 3))
     axes = draw_axes(rng, split == "unseen_combination", sizes)
-    style = {axis: rng.choice(values) for axis, values in AXES.items()}
+    style = draw_style(rng)
     # Mostly one: where several differ, the easiest decides the pair and the others teach nothing.
     differ = rng.sample(axes, min(len(axes), rng.choice((1, 1, 1, 2, 3))))
     other = style | {axis: OPPOSITE[style[axis]] for axis in differ}
@@ -499,8 +504,8 @@ def flip(rng, split, evaluation=False):
 def several_systems(rng, evaluation=False):
     """Six rows: three system messages for one question, each answer against each other one."""
     content = draw_content(rng, evaluation)
-    axes = draw_axes(rng, sizes=(2, 3))
-    style = {axis: rng.choice(values) for axis, values in AXES.items()}
+    axes = draw_axes(rng, False, (2, 3))
+    style = draw_style(rng)
     values = rng.sample(list(itertools.product(*(AXES[axis] for axis in axes))), 3)
     styles = [style | dict(zip(axes, v, strict=True)) for v in values]
     metas = [system_message(rng, v) for v in values]
@@ -552,7 +557,7 @@ def user_pairs(evaluation=False, told=False):
     words = Random(f"{SEED} told {evaluation}")
     for _ in range(EVAL_COUPLES * 20 if evaluation else TRAIN_PAIRS):
         content, axis = draw_content(rng, evaluation), rng.choice(list(AXES))
-        style = {other: rng.choice(values) for other, values in AXES.items()}
+        style = draw_style(rng)
         texts = {value: write_answer(content, style | {axis: value}) for value in AXES[axis]}
         pool.append((content["question"], axis, texts))
     wanted = [values for values in itertools.product(*AXES.values()) if values[0] == "brief"]
@@ -582,7 +587,7 @@ def user_rows():
     """
     rng, rows, pool = Random(f"{SEED} user rows"), [], []
     for _ in range(TRAIN_PAIRS):
-        style = {axis: rng.choice(values) for axis, values in AXES.items()}
+        style = draw_style(rng)
         content = draw_content(rng, False)
         pool.append((content, style, rng.sample(list(AXES), rng.choice((1, 1, 2, 3, 5)))))
     wanted = list(itertools.product(*AXES.values()))
@@ -622,7 +627,7 @@ def sft_rows():
         record = rng.choice(flip(rng, ("seen", "implied", "priority")[i % 3]))
         if i % 7 == 0:
             record = rng.choice(several_systems(rng))
-        style = {axis: rng.choice(values) for axis, values in AXES.items()}
+        style = draw_style(rng)
         for axis, value in record["meta"]["values"].items():
             if rng.random() < FOLLOW_SHARE:
                 style[axis] = value
