@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
+import traceback
 import typing
 from pathlib import Path
 
@@ -104,29 +105,40 @@ def run(main, cls):
     if distributed.RANK:
         sys.stdout = open(os.devnull, "w")
     try:
+        status = attempt(main, cls)
+    except SystemExit as end:  # --help, or another process that has said why
+        status = end.code
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    distributed.leave(status)
+    sys.exit(status)
+
+
+def attempt(main, cls):
+    """Run main: the exit status, 0 or that of an error that one line explains."""
+    try:
         main(parse_options(cls, sys.argv[1:]))
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         print(f"error: out of memory: {first_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        distributed.stop()
-    distributed.leave()
+        return 2
+    return 0
 
 
 def out_of_memory(error):
@@ -248,6 +260,17 @@ def finished(folder):
     return next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
 
 
+def lineage(folder):
+    """The folders of a model and of those that it was trained from, resolved."""
+    found = []
+    while folder.resolve() not in found:
+        found.append(folder.resolve())
+        path = folder / "config.json"
+        base = load_json(path).get("reference") if path.exists() else None
+        folder = folder / base["path"] if isinstance(base, dict) and "path" in base else folder
+    return found
+
+
 def check_folder(folder, resume, overwrite, init_from=""):
     """Raises UserError when the folder holds something and no option says what to do with it.
 
@@ -255,8 +278,9 @@ def check_folder(folder, resume, overwrite, init_from=""):
     """
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
-    if init_from and folder.resolve() == Path(init_from).resolve():
-        raise UserError(f"--out_dir {folder}: is the folder of the starting model")
+    if init_from and folder.resolve() in lineage(Path(init_from)):
+        raise UserError(f"--out_dir {folder}: is the folder of the starting model, or of one that "
+                        "it was trained from")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     names = {name for name in names if name != ".lock" and not name.endswith(".tmp")}
     ours = names & {"log.jsonl", "ckpt.pt", *WEIGHTS}
@@ -288,9 +312,13 @@ def claim(folder, resume, overwrite):
 
 
 def clear(folder, overwrite):
-    """Delete what --overwrite replaces: True if there is a checkpoint to go on with."""
-    for name in RUN_FILES if overwrite else ():
-        (folder / name).unlink(missing_ok=True)
+    """Delete what --overwrite replaces and what was cut short while it was written.
+
+    True if there is a checkpoint to go on with.
+    """
+    for name in RUN_FILES:
+        for path in (*folder.glob(f"{name}.*.tmp"), *[folder / name] * overwrite):
+            path.unlink(missing_ok=True)
     return (folder / "ckpt.pt").exists()
 
 
@@ -321,9 +349,11 @@ def write_atomically(path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, OSError | RuntimeError):
+            raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: cannot write: {reason}") from None
 
@@ -485,12 +515,16 @@ def restore_checkpoint(folder, run_hash, model, optimizer, scaler):
 
 
 def run_hash(config, examples, *more):
-    """What a resumed run must share with the one that it goes on with."""
+    """What a resumed run must share with the one that it goes on with.
+
+    Rows and weights count by what is in them, not by where they lie.
+    """
     how = {"out_dir", "overwrite", "resume", "save_every", "log_every", "device", "micro_tokens",
-           "activation_checkpointing", "fsdp"}  # fmt: skip
+           "activation_checkpointing", "fsdp", "init_from", "data", "pref_data"}  # fmt: skip
     options = {k: v for k, v in config["options"].items() if k not in how}
     rows = [[example.trunk, example.answers] for example in examples]
-    return content_hash(config | {"options": options}, rows, *more)
+    start = (config.get("reference") or {}).get("hash")
+    return content_hash(config | {"options": options, "reference": start}, rows, *more)
 
 
 def start_run(folder, options, config, run_hash, model, optimizer, scaler):

@@ -64,6 +64,8 @@ class Tokenizer:
         """Ordinary tokens only: no text can produce a special token."""
         return self.encoding.encode_ordinary(text)
 
+    encode_answer = encode
+
     def decode(self, tokens):
         return self.encoding.decode(tokens)
 
@@ -364,6 +366,9 @@ def pair_record(fields, line):
     record["prompt"] = take_prompt(fields, record, line)
     for field in ("chosen", "rejected"):
         record[field] = answer_text(fields, field, record, line)
+    if record["label_prob"] < 0.5:  # the other answer is the likelier one
+        record["chosen"], record["rejected"] = record["rejected"], record["chosen"]
+        record["label_prob"] = 1 - record["label_prob"]
     return record
 
 
@@ -583,7 +588,7 @@ def encode(record, tokenizer, block_size, structure=0):
     where, turns = record.get("where", "this prompt"), prompt_turns(record)
     texts = [record[f] for f in ("chosen", "rejected", "response") if f in record]
     contents = [tokenizer.encode(turn["content"]) for turn in turns]
-    answers = [tokenizer.encode(text) + [tokenizer.end] for text in texts]
+    answers = [tokenizer.encode_answer(text) + [tokenizer.end] for text in texts]
     structure = max(structure, structure_size(record, tokenizer))
 
     room = block_size - structure  # for contents and the longest answer

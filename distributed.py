@@ -8,6 +8,7 @@ writes and prints.
 """
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -23,20 +24,20 @@ def start(device):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
-def stop():
-    if WORLD > 1 and dist.is_initialized():
-        dist.destroy_process_group()
+def leave(status=0):
+    """End one of several processes; one alone goes on.
 
-
-def leave():
-    """End one of several processes that has done its work, after `stop`; one alone goes on.
-
-    PyTorch keeps references to the group (DTensor's caches, default arguments of functions), so
-    gloo's threads outlive it, and one that frees a tensor while Python exits aborts the process.
-    So this is not Python's own way out: what is still to be flushed is lost.
+    One that fails does not take leave of the others: they may be in the middle of an exchange, for
+    which NCCL would wait; torchrun ends them. PyTorch keeps references to the group (DTensor's
+    caches, default arguments of functions), so gloo's threads outlive it, and one that frees a
+    tensor while Python exits aborts the process. So this is not Python's own way out: what is
+    still to be flushed to a file is lost.
     """
     if WORLD > 1:
-        os._exit(0)
+        if not status and dist.is_initialized():
+            dist.destroy_process_group()
+        sys.stderr.flush()
+        os._exit(status or 0)
 
 
 def gather(x):

@@ -266,7 +266,14 @@ def export(folder, model, tokenizer):
     Raises UserError when the folder is in use or no Hugging Face family has such a model.
     """
     folder = Path(folder)
-    safetensors = needed("safetensors.torch")
+    safetensors, save_file = needed("safetensors"), needed("safetensors.torch").save_file
+
+    def write(path):
+        try:
+            save_file(dict(their_weights(model)), path, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # as where the disk is full
+            raise RuntimeError(str(error)) from None
+
     if model.config.n_latent:
         raise UserError(f"--export {folder}: no other tool steers a model by a latent")
     config = their_config(model.config, tokenizer)
@@ -277,11 +284,7 @@ def export(folder, model, tokenizer):
         raise UserError(f"--export {folder}: {error.strerror}") from None
     if in_use:
         raise UserError(f"--export {folder}: is in use")
-    tensors = dict(their_weights(model))
-    common.write_atomically(
-        folder / "model.safetensors",
-        lambda path: safetensors.save_file(tensors, path, metadata={"format": "pt"}),
-    )
+    common.write_atomically(folder / "model.safetensors", write)
     if isinstance(tokenizer, HfTokenizer):
         tokenizer.save(folder)
     else:

@@ -250,7 +250,7 @@ class Library:
     """Any tokenizer.json, through the `tokenizers` library.
 
     A SentencePiece kind puts a space before whatever it encodes, so also before each stretch of a
-    conversation that cannot be encoded as a whole.
+    prompt that cannot be encoded as a whole.
     """
 
     def __init__(self, spec, added):
@@ -469,7 +469,11 @@ class HfTokenizer:
                             "no config names an eos_token_id, and the chat template ends no answer "
                             "with a special token")
         self.end = self.ends[0]
-        self.fill(("user",), False, True)
+        asked = self.fill(("user",), False, True)
+        answered = self.fill(("user", "assistant"), False, False).split(chr(ord(META) + 2))[0]
+        self.tail = SENTINEL.split(asked)[-1]
+        self.lead = answered.removeprefix(asked) if answered.startswith(asked) else ""
+        self.lead = self.lead if self.lead.isspace() else ""  # Llama 2 has a space there
         try:
             self.fill(("user",), True, True)
             self.takes_system = True
@@ -542,6 +546,20 @@ class HfTokenizer:
     def encode(self, text):
         """Ordinary text: what spells a special token is encoded as any other text."""
         return self.model.encode(text) if text else []
+
+    def encode_answer(self, text):
+        """An answer as it is encoded behind the prompt.
+
+        A SentencePiece kind puts a space before what it encodes alone; an answer gets the one that
+        a whole conversation would give it. The prompt's own ids stay what they are.
+        """
+        if isinstance(self.model, Library):
+            whole = self.tail + self.lead + text
+            before, both = (self.model.encode(x, with_special=True) for x in (self.tail, whole))
+            special = self.special_only(self.split(self.tail))
+            if self.special_only(self.split(whole)) == special and both[: len(before)] == before:
+                return both[len(before) :]
+        return self.encode(text)
 
     def decode(self, tokens):
         return self.model.decode(tokens)

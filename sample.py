@@ -43,6 +43,10 @@ class Options:
         common.at_least(self, 0, "temperature", "top_k", "seed")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
+        try:
+            "".join((self.prompt, self.system, *self.preference)).encode()
+        except UnicodeEncodeError:
+            raise UserError("--prompt, --system or --preference: not UTF-8") from None
 
 
 def load_checkpoint(folder, device, dtype=torch.float32):
@@ -133,7 +137,8 @@ def weights_hash(folder):
     folder = hf_model.find(folder)
     path = None if hf_model.is_pretrained(folder) else common.finished(folder)
     if path is None:
-        return common.content_hash(*map(common.file_hash, sorted(folder.glob("*.safetensors"))))
+        files = set(hf_model.weight_files(folder).values())
+        return common.content_hash(*map(common.file_hash, sorted(files)))
     if path.name == "model.pt":
         return common.file_hash(path)
     base = common.load_json(folder / "config.json").get("reference") or {}

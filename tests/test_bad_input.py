@@ -441,6 +441,23 @@ def test_no_space_as_torch_reports_it(tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and snapshot(tmp_path) == {}
 
 
+def test_what_an_interrupted_write_leaves_is_deleted(tmp_path, monkeypatch):
+    """By the write itself, or after a kill by the next run in the folder."""
+
+    def interrupt(content, target):
+        Path(target).write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        common.save_tensors(tmp_path / "ckpt.pt", {})
+    assert snapshot(tmp_path) == {}
+    for name in ("ckpt.pt.77.tmp", "mine.tmp", "ckpt.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert common.clear(tmp_path, overwrite=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.tmp", "ckpt.pt"}
+
+
 def test_no_space_on_saving_the_weights(command, sft, tmp_path, monkeypatch):
     """The last line is the error, there is no half file, and the run counts as unfinished."""
 
@@ -544,6 +561,7 @@ OTHER_BAD_OPTIONS = (
     (evaluate, "gone", ("--ckpt", "gone")),
     (sample, "--temperature", ("--temperature", "-0.1")),
     (sample, "--temperature", ("--temperature", "nan")),
+    (sample, "not UTF-8", ("--prompt", "caf\udce9")),
     (sample, "--top_p", ("--top_p", "0")),
     (sample, "--top_p", ("--top_p", "nan")),
     (sample, "--top_k", ("--top_k", "-1")),

@@ -332,6 +332,14 @@ def test_every_field_of_a_record_is_kept(read):
     assert {field: record[field] for field in row} == row
 
 
+def test_the_likelier_answer_is_the_chosen_one(read):
+    [record] = read(SIMPLE | {"label_prob": 0.25})
+    assert shown(record) == SIMPLE | {"chosen": "No.", "rejected": "Yes."}
+    assert record["label_prob"] == 0.75
+    [record] = read(SIMPLE | {"label_prob": 0.5})
+    assert shown(record) == SIMPLE
+
+
 def test_trl_message_lists(read):
     ask, yes, no = turn("user", "Tea?"), turn("assistant", "Yes."), turn("assistant", "No.")
     apart = {"prompt": [ask], "chosen": [yes], "rejected": [no]}

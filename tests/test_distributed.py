@@ -102,7 +102,6 @@ sys.path.insert(0, {here!r})
 import torch, distributed, sample, train_sft
 train_sft.main(train_sft.Options(**{options!r}))
 sample.load_checkpoint("out/first", torch.device("cpu"))
-distributed.stop()
 distributed.leave()
 """
 

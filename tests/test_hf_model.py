@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import weakref
@@ -782,6 +783,24 @@ def test_changed_pretrained_weights_are_noticed(exported, workplace, rank):
     write_tensors(exported, tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1})
     with pytest.raises(UserError, match="theirs: has changed since out/dpo was trained from it"):
         evaluated("out/dpo")
+
+
+def test_a_file_that_is_never_read_is_no_part_of_the_weights(exported):
+    before = sample.weights_hash(exported)
+    shutil.copy(exported / "model.safetensors", exported / "consolidated.safetensors")
+    assert sample.weights_hash(exported) == before
+
+
+def test_no_space_on_export_is_one_line(workplace, monkeypatch):
+    safetensors = pytest.importorskip("safetensors")
+
+    def fill(tensors, path, metadata):
+        raise safetensors.SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fill)
+    model, tokenizer = sample.load_checkpoint("tiny", torch.device("cpu"))
+    with pytest.raises(UserError, match=r"model.safetensors: cannot write: No space left"):
+        hf_model.export("full", model, tokenizer)
 
 
 def test_no_run_replaces_a_pretrained_model(exported, workplace):

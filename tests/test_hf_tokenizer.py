@@ -445,6 +445,38 @@ def test_sentence_piece(first_only, template, write_folder):
     assert "</s><s> <unk>b" in ours.decode(ids)
 
 
+ZEPHYR = """{% for message in messages %}
+{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+
+
+BARE = """{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}\
+{% if add_generation_prompt %}<s>{% endif %}"""
+
+
+SPACED = BARE.replace("{{", "{{ ' ' * (m.role == 'assistant') }}{{")  # as Llama 2's does
+
+
+@pytest.mark.parametrize("template", [ZEPHYR, BARE, SPACED])
+@pytest.mark.parametrize("first_only", [True, False])
+def test_sentence_piece_answers_are_those_of_the_whole_conversation(
+    first_only, template, write_folder
+):
+    """What follows the prompt in transformers' ids, be it behind a line, a token or a space."""
+    folder = write_folder(sentence_piece(first_only), template, CONFIG | {"unk_token": "<unk>"})
+    ours, theirs = HfTokenizer.load(folder), transformers_tokenizer(folder)
+    for text in ("the theatre", "What is this?", "x\ny", " the", "é!", "1"):
+        turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": text}]
+        prompt = ours.render({"prompt": "What?"})
+        ids = theirs.apply_chat_template(turns, tokenize=True, return_dict=False)
+        answer = [*ours.encode_answer(text), ours.end]
+        assert ids[: len(prompt + answer)] == prompt + answer, (text, ours.pieces(ids))
+    assert ours.encode_answer("a</s>") == ours.encode("a</s>")  # what spells a special token
+
+
 def test_real_folder():
     folder = os.environ.get("SMOLLM2")
     if not folder:

@@ -286,6 +286,16 @@ def test_retrained_adapters_are_another_reference():
         sample.load_checkpoint("out/b", CPU)
 
 
+def test_no_run_replaces_what_its_starting_model_stands_on():
+    lora("out/a", max_steps=1)
+    lora("out/b", init_from="out/a", max_steps=1)
+    before = weights("out/a")
+    for folder in ("out/a", "out/b", "tiny"):
+        with pytest.raises(UserError, match=f"--out_dir {folder}: is the folder of the starting"):
+            lora(folder, init_from="out/b", max_steps=1, overwrite=True)
+    assert same(weights("out/a"), before)
+
+
 def test_the_same_adapters_on_another_base_are_other_weights():
     """The reference's cache is found by this hash. At rate 0 the adapters stay as they began."""
     sft("other", init_from="tiny", max_steps=1)

@@ -406,6 +406,19 @@ def test_resume_with_other_options_or_data_is_an_error(changed, monkeypatch, wri
         dpo("out/cut", max_steps=2, beta=0.3 if changed == "options" else 0.2, resume=True)
 
 
+def test_resume_with_the_same_data_and_model_elsewhere(monkeypatch):
+    dpo("out/whole", max_steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "finish_run", lambda *args: None)
+        dpo("out/cut", max_steps=3, save_every=1)
+    log = Path("out/cut/log.jsonl")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:1]))
+    Path("tiny").rename("moved")
+    Path("pairs.jsonl").rename("again.jsonl")
+    dpo("out/cut", max_steps=3, resume=True, init_from="moved", pref_data="./again.jsonl")
+    assert same(weights("out/cut"), weights("out/whole"))
+
+
 def test_finished_run_is_not_overwritten():
     dpo("out/a", max_steps=1)
     before = weights("out/a")
