@@ -517,10 +517,11 @@ def restore_checkpoint(folder, run_hash, model, optimizer, scaler):
 def run_hash(config, examples, *more):
     """What a resumed run must share with the one that it goes on with.
 
-    Rows and weights count by what is in them, not by where they lie.
+    Training rows, tokenizer and weights count by what is in them, not by where they lie.
     """
     how = {"out_dir", "overwrite", "resume", "save_every", "log_every", "device", "micro_tokens",
-           "activation_checkpointing", "fsdp", "init_from", "data", "pref_data"}  # fmt: skip
+           "activation_checkpointing", "fsdp", "init_from", "data", "pref_data",
+           "tokenizer"}  # fmt: skip
     options = {k: v for k, v in config["options"].items() if k not in how}
     rows = [[example.trunk, example.answers] for example in examples]
     start = (config.get("reference") or {}).get("hash")
@@ -530,7 +531,9 @@ def run_hash(config, examples, *more):
 def start_run(folder, options, config, run_hash, model, optimizer, scaler):
     """In a folder that is claimed, resume or write config.json: how many steps are done."""
     if on_first(clear, folder, options.overwrite):
-        return restore_checkpoint(folder, run_hash, model, optimizer, scaler)
+        done = restore_checkpoint(folder, run_hash, model, optimizer, scaler)
+        save_json(folder / "config.json", load_json(folder / "config.json") | config)
+        return done
     save_json(folder / "config.json", config | provenance())
     return 0
 

@@ -233,7 +233,7 @@ RECORD_FIELDS = {*META_PROMPT, "prompt", "chosen", "rejected", "label_prob", "us
 def print_left_out(path, unusable, ignored):
     if unusable:
         print(f"{unusable[0]}: the first of {len(unusable)} dialogues that were skipped: an "
-              "empty turn, no last answer, or two prompts")
+              "empty turn, no question or answer at the end, or two prompts")
     if ignored:
         print(f"{path}: ignored fields: {', '.join(sorted(ignored))}")
 
@@ -268,7 +268,7 @@ def read_responses(names):
 
 
 def response_record(fields, line):
-    """One record of SFT data from a row that is neither rated nor a pair alone."""
+    """One record of SFT data from a row that is not UltraFeedback's."""
     if "chosen" in fields:
         fields = with_prompt(fields, line)
         record = pair_record(fields, line)
@@ -374,7 +374,7 @@ def pair_record(fields, line):
 
 def with_prompt(fields, line):
     """A pair's fields; a prompt that stands in both answers instead becomes one."""
-    if "prompt" in fields and not repeats_beginning(fields):
+    if "prompt" in fields:
         return fields
     chosen, rejected = (
         turns(fields[field], field, line) if isinstance(fields.get(field), list)
@@ -397,11 +397,6 @@ BEGINNING = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
 def is_beginning(prompt):
     """Whether it is a transcript up to the answer, as files made from HH-RLHF have it."""
     return isinstance(prompt, str) and BEGINNING.fullmatch(prompt) is not None
-
-
-def repeats_beginning(fields):
-    prompt, chosen = fields["prompt"], fields.get("chosen")
-    return is_beginning(prompt) and isinstance(chosen, str) and chosen.startswith(prompt.rstrip())
 
 
 def split_prompt(prompt, line):
@@ -444,8 +439,8 @@ def answer_text(fields, field, record, line):
     """
     answer = fields.get(field)
     if isinstance(answer, str) and is_beginning(fields["prompt"]):
-        answer = answer.strip()
-        if not answer:
+        answer = answer.strip().removeprefix(fields["prompt"].strip()).strip()
+        if not answer or answer.startswith("Human:"):
             raise Unusable
     if not isinstance(answer, list):
         return text_field(answer, field, line)

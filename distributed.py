@@ -7,6 +7,7 @@ loss that is divided once by what is in the whole step is multiplied by their nu
 writes and prints.
 """
 
+import contextlib
 import os
 import sys
 
@@ -36,6 +37,8 @@ def leave(status=0):
     if WORLD > 1:
         if not status and dist.is_initialized():
             dist.destroy_process_group()
+        with contextlib.suppress(OSError):  # the reader of our output has gone
+            sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status or 0)
 

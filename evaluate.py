@@ -228,15 +228,17 @@ GENERATED = ("generated_axes_right", "generated_all_right", "generated_on_topic"
 def mean_and_interval(rows, right, records, rng):
     """Mean and its bootstrap 95 % interval: (mean, [low, high]).
 
-    Resampled are whole users where rows name them, else whole queries or, where few queries serve
-    for all pairs, whole pairs.
+    Resampled are whole users where rows name several, else whole queries or, where few queries
+    serve for all pairs, whole pairs.
     """
     keys = {}
-    queries = [few_shot.user_of(records[i]) if "user" in records[i]
-               else json.dumps(records[i]["prompt"]) for i in rows]
-    if not any("user" in record for record in records) and len(set(queries)) < 20:
-        queries = [pair_key(records[i]) for i in rows]
-    cluster = np.array([keys.setdefault(query, len(keys)) for query in queries])
+    names = [few_shot.user_of(records[i]) if "user" in records[i]
+             else json.dumps(records[i]["prompt"]) for i in rows]
+    if not any("user" in record for record in records) or len(set(names)) == 1:
+        names = [json.dumps(records[i]["prompt"]) for i in rows]
+        if len(set(names)) < 20:
+            names = [pair_key(records[i]) for i in rows]
+    cluster = np.array([keys.setdefault(name, len(keys)) for name in names])
     sums = np.bincount(cluster, weights=right, minlength=len(keys))
     counts = np.bincount(cluster, minlength=len(keys))
     draws = rng.multinomial(len(keys), np.full(len(keys), 1 / len(keys)), size=1000)

@@ -63,20 +63,19 @@ class Contexts:
         A pair on which a user chose several times counts once. Raises UserError for a record that
         names no user or is not a pair.
         """
-        stated = sum(any(map(record.get, data.TEXT_TIERS)) for record in source or records)
-        if stated:
-            print(f"{stated} choices were made under a system message or preference, which those "
-                  "who are shown them do not see")
         given = sum("examples" in record for record in records)
         if given:
             print(f"{given} of {len(records)} rows: their own examples give way to choices of "
                   "their users")
         source = records if source is None else source
         self.choices, self.of_user = list(map(choice, source)), defaultdict(list)
-        known, with_answer = set(), defaultdict(set)
+        self.stated, known, with_answer = 0, set(), defaultdict(set)
         for i, record in enumerate(source):
+            if not is_certain(record):
+                continue
+            self.stated += any(map(record.get, data.TEXT_TIERS))
             user, (prompt, *answers) = user_of(record), pair_of(self.choices[i])
-            if is_certain(record) and (user, prompt, *answers) not in known:
+            if (user, prompt, *answers) not in known:
                 known.add((user, prompt, *answers))
                 self.of_user[user].append(i)
                 for answer in answers:
@@ -92,7 +91,13 @@ class Contexts:
         return [len(self.of_user.get(user, ())) - len(same) for user, same in self.rows]
 
     def require(self, records):
-        """Raises UserError when there is nothing to show to any of the records."""
+        """Raises UserError when there is nothing to show to any of the records.
+
+        Says so when what is shown was chosen under a meta-prompt that is not.
+        """
+        if self.stated:
+            print(f"{self.stated} choices were made under a system message or preference, which "
+                  "their context does not show")
         if not any(self.sizes()):
             raise UserError(f"{records[0].get('where', 'the records')}: --context: neither this "
                             "row's user nor any other's has a choice elsewhere to be shown, that "

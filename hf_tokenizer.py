@@ -550,8 +550,8 @@ class HfTokenizer:
     def encode_answer(self, text):
         """An answer as it is encoded behind the prompt.
 
-        A SentencePiece kind puts a space before what it encodes alone; an answer gets the one that
-        a whole conversation would give it. The prompt's own ids stay what they are.
+        A SentencePiece kind puts a space before what it encodes alone. Where the prompt's ids do
+        not depend on what follows, an answer begins as in the whole conversation instead.
         """
         if isinstance(self.model, Library):
             whole = self.tail + self.lead + text

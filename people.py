@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import common
 import data
@@ -191,19 +192,27 @@ def differences(choices, table):
     return chosen - rejected
 
 
-def fit(x, prior, ridge, steps=12):
-    """Logistic regression for each of B people at once, by Newton's method: (B, features).
+def fit(x, prior, ridge, steps=20):
+    """Logistic regression for each of B people at once, by damped Newton: (B, features).
 
     x (B, n, features), rows of zeros count nothing; minimised is the sum of -log sigmoid(x w) plus
     ridge / 2 times the squared distance of w from the prior.
     """
+
+    def loss(w):
+        fits = F.logsigmoid((x @ w[..., None])[..., 0]).sum(1)
+        return ridge / 2 * (w - prior).pow(2).sum(1) - fits
+
     w = prior.expand(len(x), -1).clone()
     eye = torch.eye(x.shape[2])
     for _ in range(steps):
         p = torch.sigmoid(-(x @ w[..., None])[..., 0])
         gradient = ridge * (w - prior) - (p[:, None] @ x)[:, 0]
         curvature = ridge * eye + x.transpose(1, 2) @ (x * (p * (1 - p))[..., None])
-        w = w - torch.linalg.solve(curvature, gradient[..., None])[..., 0]
+        step = torch.linalg.solve(curvature, gradient[..., None])[..., 0]
+        for _ in range(10):  # where choices are nearly separable a whole step goes too far
+            step = torch.where((loss(w - step) > loss(w))[:, None], step / 2, step)
+        w = w - step
     return w
 
 

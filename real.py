@@ -186,9 +186,9 @@ def length_rule(records):
     counts = defaultdict(list)
     for one, other in flips(records):
         first = min(one, other, key=lambda record: record["meta"]["preference_name"])
-        shorter = len(first["chosen"]) < len(first["rejected"])
+        longer = len(first["rejected"]) - len(first["chosen"])
         for group in {"all", str(first["meta"].get("dataset", "all"))}:
-            counts[group].append(shorter)
+            counts[group].append((longer > 0) + (longer == 0) / 2)  # a tie counts half
     return {group: (max(sum(right), len(right) - sum(right)), len(right))
             for group, right in sorted(counts.items())}
 

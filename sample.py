@@ -133,14 +133,14 @@ def load_tokenizer(folder):
 
 
 def weights_hash(folder):
-    """Hash of all the weights that `load_checkpoint` reads from a folder."""
+    """Hash of all the weights that `load_checkpoint` reads; None of a run that has none yet."""
     folder = hf_model.find(folder)
-    path = None if hf_model.is_pretrained(folder) else common.finished(folder)
-    if path is None:
+    if hf_model.is_pretrained(folder):
         files = set(hf_model.weight_files(folder).values())
         return common.content_hash(*map(common.file_hash, sorted(files)))
-    if path.name == "model.pt":
-        return common.file_hash(path)
+    path = common.finished(folder)
+    if path is None or path.name == "model.pt":
+        return path and common.file_hash(path)
     base = common.load_json(folder / "config.json").get("reference") or {}
     return common.content_hash(common.file_hash(path), base.get("hash"))
 

@@ -390,19 +390,21 @@ def test_a_prompt_may_be_the_beginning_of_a_transcript(read, write_rows, capsys)
         {"prompt": f"{talk[2:]} ", "chosen": "Yes: tea.", "rejected": "No."},
         {"prompt": talk, "chosen": f"{talk} Yes: tea.", "rejected": f"{talk} No."},
         {"prompt": talk} | lists,
+        {"prompt": talk.strip(), "chosen": f"{talk} Yes: tea.", "rejected": " No."},
     ]
-    assert [shown(record) for record in read(*rows)] == [expected] * 4
+    assert [shown(record) for record in read(*rows)] == [expected] * 5
     [record] = read({"prompt": talk, "chosen": "A\n\nHuman: B\n\nAssistant: C", "rejected": "D"})
     assert record["prompt"] == asked and record["chosen"].endswith("Assistant: C")
     [quoted] = read(SIMPLE | {"prompt": "Go on:\n\nHuman: Hi\n\nAssistant:"})
     assert quoted["prompt"] == "Go on:\n\nHuman: Hi\n\nAssistant:"
     for row in ({"response": " Yes: tea."}, {"output": " Yes: tea."},
-                rows[0] | {"response": "Yes: tea."}):  # fmt: skip
+                {"response": f"{talk} Yes: tea."}, rows[0] | {"response": "Yes: tea."}):
         [record] = data.read_responses(str(write_rows("sft.jsonl", {"prompt": talk} | row)))
         assert (record["prompt"], record["response"]) == (asked, "Yes: tea.")
     capsys.readouterr()
-    assert len(read(rows[0], rows[0] | {"rejected": " "})) == 1
-    assert "rows.jsonl:2: the first of 1 dialogues that were skipped" in capsys.readouterr().out
+    for spoilt in (" ", "\n\nHuman: Milk?\n\nAssistant: No.", talk):
+        assert len(read(rows[0], rows[0] | {"rejected": spoilt})) == 1
+        assert "rows.jsonl:2: the first of 1 dialogues that were skipped" in capsys.readouterr().out
 
 
 UNUSABLE = {

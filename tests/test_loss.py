@@ -226,6 +226,9 @@ def test_bootstrap_interval():
         widths.append(interval(right, [row(f"q{i}", "a", "b") for i in range(n)]))
         assert widths[-1] == pytest.approx(2 * 1.96 * math.sqrt(0.16 / n), rel=0.2)
     assert interval(np.ones(30, bool), [row(f"q{i}", "a", "b") for i in range(30)]) == 0
+    # One person says nothing of others, but their queries something of other queries.
+    mine = [row(f"q{i}", "a", "b") | {"user": 1} for i in range(50)]
+    assert interval(np.arange(50) % 5 > 0, mine) == pytest.approx(widths[0], rel=0.01)
     # Asking the same fifty queries a hundred times each teaches nothing more about them.
     again = np.repeat(np.arange(50) % 5 > 0, 100)
     repeated = interval(again, [row(f"q{i // 100}", "a", "b") for i in range(5000)])

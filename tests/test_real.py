@@ -185,10 +185,10 @@ def test_our_wordings_stand_on_one_side_only():
 
 
 def test_the_length_rule_by_hand():
-    """Two flips where the first name's answer is shorter, one where it is longer: 2 of 3."""
+    """The first name's answer is shorter in two flips, longer in one, as long in one: 2.5 of 4."""
     rows = []
-    for i, (short, long) in enumerate((("a", "bb"), ("cc", "ddd"), ("eeee", "f"))):
+    for i, (short, long) in enumerate((("a", "bb"), ("cc", "ddd"), ("eeee", "f"), ("g", "h"))):
         for name, chosen, rejected in (("concise", short, long), ("detailed", long, short)):
             rows.append({"prompt": str(i), "chosen": chosen, "rejected": rejected,
                          "meta": {"preference_name": name, "dataset": "x" if i else "y"}})
-    assert real.length_rule(rows) == {"all": (2, 3), "x": (1, 2), "y": (1, 1)}
+    assert real.length_rule(rows) == {"all": (2.5, 4), "x": (1.5, 3), "y": (1, 1)}
