@@ -317,8 +317,10 @@ def clear(folder, overwrite):
     True if there is a checkpoint to go on with.
     """
     for name in RUN_FILES:
-        for path in (*folder.glob(f"{name}.*.tmp"), *[folder / name] * overwrite):
+        for path in folder.glob(f"{name}.*.tmp"):
             path.unlink(missing_ok=True)
+        if overwrite:
+            (folder / name).unlink(missing_ok=True)
     return (folder / "ckpt.pt").exists()
 
 

@@ -472,8 +472,8 @@ class HfTokenizer:
         asked = self.fill(("user",), False, True)
         answered = self.fill(("user", "assistant"), False, False).split(chr(ord(META) + 2))[0]
         self.tail = SENTINEL.split(asked)[-1]
-        self.lead = answered.removeprefix(asked) if answered.startswith(asked) else ""
-        self.lead = self.lead if self.lead.isspace() else ""  # Llama 2 has a space there
+        lead = answered.removeprefix(asked)
+        self.lead = lead if lead.isspace() else ""  # Llama 2 has a space there
         try:
             self.fill(("user",), True, True)
             self.takes_system = True

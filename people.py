@@ -192,7 +192,7 @@ def differences(choices, table):
     return chosen - rejected
 
 
-def fit(x, prior, ridge, steps=20):
+def fit(x, prior, ridge):
     """Logistic regression for each of B people at once, by damped Newton: (B, features).
 
     x (B, n, features), rows of zeros count nothing; minimised is the sum of -log sigmoid(x w) plus
@@ -205,7 +205,7 @@ def fit(x, prior, ridge, steps=20):
 
     w = prior.expand(len(x), -1).clone()
     eye = torch.eye(x.shape[2])
-    for _ in range(steps):
+    for _ in range(20):
         p = torch.sigmoid(-(x @ w[..., None])[..., 0])
         gradient = ridge * (w - prior) - (p[:, None] @ x)[:, 0]
         curvature = ridge * eye + x.transpose(1, 2) @ (x * (p * (1 - p))[..., None])

@@ -123,6 +123,15 @@ def test_an_error_is_one_line_and_the_others_stop(workplace, options):
     assert f'File "{HERE}' not in out  # torchrun prints a traceback of its own
 
 
+def test_what_was_printed_before_a_failure_is_not_lost(tmp_path):
+    script = f"import sys; sys.path.insert(0, {str(HERE)!r}); import distributed; "
+    script += "print('seen'); distributed.leave(2)"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                           env=env | {"RANK": "0", "WORLD_SIZE": "2"})  # fmt: skip
+    assert (found.returncode, found.stdout) == (2, "seen\n")
+
+
 def test_shares_cover_a_step_once(byte_tokenizer):
     """Every tree once with weight 1, and equally many batches for each process."""
     generator = torch.Generator().manual_seed(0)
