@@ -119,8 +119,9 @@ def take_turns(sides, rounds, *arguments):
 
 
 def as_torch_comes():
-    """For the peers' processes: attention as it is where our model.py is not imported."""
+    """For the peers' processes: what our model.py and common.py have set is as without them."""
     torch.backends.cuda.enable_cudnn_sdp(True)
+    os.environ.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
 
 
 def matmul_peak(device, precision):
@@ -163,15 +164,16 @@ class Job:
 
 
 def train_ours(job):
-    """train_dpo.py as it is, from its start to its end: {"seconds", "step_seconds"}."""
+    """train_dpo.py as it is, from its start to its end: {"seconds", "step_seconds", "loss"}."""
     os.chdir(job.folder)
     shutil.rmtree("out", ignore_errors=True)  # no reference from an earlier round
     start = time.perf_counter()
     train_dpo.main(job.dpo_options)
     seconds = time.perf_counter() - start
     lines = Path("out/run/log.jsonl").read_text().splitlines()
-    steps = [line["seconds"] for line in map(json.loads, lines) if "seconds" in line]
-    return {"seconds": seconds, "step_seconds": sum(steps)}
+    steps = [line for line in map(json.loads, lines) if "seconds" in line]
+    return {"seconds": seconds, "step_seconds": sum(step["seconds"] for step in steps),
+            "loss": sum(step["loss"] for step in steps) / len(steps)}  # fmt: skip
 
 
 KERNELS = {  # of a profile's operators: part of a name
@@ -199,7 +201,7 @@ def profile_ours(job):
 
 
 def train_trl(job):
-    """DPOTrainer on the same token ids in the same order: {"seconds"}.
+    """DPOTrainer on the same token ids in the same order: {"seconds", "loss"}.
 
     From loading the model to the last step, reference log-probabilities included, which it
     computes beforehand, in batches of the same size, padded to a batch's longest, with its fused
@@ -230,11 +232,11 @@ def train_trl(job):
         save_strategy="no", report_to="none", disable_tqdm=True,
         dataloader_pin_memory=job.device != "cpu",
     )  # fmt: skip
-    Trainer(
+    result = Trainer(
         model, None, arguments, train_dataset=datasets.Dataset.from_dict(rows),
         processing_class=transformers.AutoTokenizer.from_pretrained(job.init_from),
     ).train()  # fmt: skip
-    return {"seconds": time.perf_counter() - start}
+    return {"seconds": time.perf_counter() - start, "loss": result.training_loss}
 
 
 def encoded_rows(job):
@@ -395,14 +397,15 @@ def time_passes(run):
     """{answers: [seconds for each prefix]} of run(prefix, answers): a forward and backward pass."""
     generator = random.Random(0)
     draw = lambda n: [generator.randrange(256) for _ in range(n)]  # noqa: E731
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    on_card = torch.accelerator.is_available()
+    wait = torch.accelerator.synchronize if on_card else lambda: None
     run(draw(64), [draw(ANSWER)])
     wait()
     seconds = {}
     for n in ANSWERS:
         for size in PREFIXES:
             work = draw(size), [draw(ANSWER) for _ in range(n)]
-            if torch.cuda.is_available():  # which loads and chooses kernels at the first time
+            if on_card:  # which loads and chooses kernels at the first time
                 run(*work)
                 wait()
             start = time.perf_counter()

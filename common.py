@@ -565,8 +565,11 @@ class Log:
         write_atomically(self.path, lambda temporary: temporary.write_text("".join(kept)))
 
     def write(self, **fields):
+        """Of several processes the first one writes. JSON has no NaN: it becomes null."""
         if distributed.RANK:
             return
+        odd = {k for k, v in fields.items() if isinstance(v, float) and not math.isfinite(v)}
+        fields |= dict.fromkeys(odd)
         try:
             with self.path.open("a") as f:
                 f.write(json.dumps(fields) + "\n")

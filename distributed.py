@@ -77,11 +77,12 @@ def spread(model, fsdp, device):
 
 
 def sync_gradients(model, now):
-    """Say whether the next backward pass averages gradients over processes: the last of a step."""
+    """Say whether the next backward pass averages gradients over processes: the last of a step.
+
+    With fsdp each pass does, so that no process holds a whole gradient.
+    """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
-    elif WORLD > 1:
-        model.set_requires_gradient_sync(now)
 
 
 def whole(x):

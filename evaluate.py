@@ -143,9 +143,9 @@ def encode_both(records, tokenizer, block_size, what):
     bare = list(map(data.without_meta_prompt, records))
     shown, alone = [None] * len(records), [None] * len(records)
     for rows in same_pair(records):
-        versions = [bare[rows[0]], *(records[i] for i in rows)]
-        structure = max(data.structure_size(version, tokenizer) for version in versions)
-        for i in rows:
+        sizes = {i: data.structure_size(records[i], tokenizer) for i in rows}
+        structure = max(*sizes.values(), data.structure_size(bare[rows[0]], tokenizer))
+        for i in sorted(rows, key=sizes.get, reverse=True):  # an error names the longest one
             shown[i] = data.encode(records[i], tokenizer, block_size, structure)
             alone[i] = data.encode(bare[i], tokenizer, block_size, structure)
     data.print_cuts(shown, block_size, what)

@@ -69,11 +69,10 @@ class Contexts:
                   "their users")
         source = records if source is None else source
         self.choices, self.of_user = list(map(choice, source)), defaultdict(list)
-        self.stated, known, with_answer = 0, set(), defaultdict(set)
+        self.source, known, with_answer = source, set(), defaultdict(set)
         for i, record in enumerate(source):
             if not is_certain(record):
                 continue
-            self.stated += any(map(record.get, data.TEXT_TIERS))
             user, (prompt, *answers) = user_of(record), pair_of(self.choices[i])
             if (user, prompt, *answers) not in known:
                 known.add((user, prompt, *answers))
@@ -95,9 +94,7 @@ class Contexts:
 
         Says so when what is shown was chosen under a meta-prompt that is not.
         """
-        if self.stated:
-            print(f"{self.stated} choices were made under a system message or preference, which "
-                  "their context does not show")
+        say_stated(self.source)
         if not any(self.sizes()):
             raise UserError(f"{records[0].get('where', 'the records')}: --context: neither this "
                             "row's user nor any other's has a choice elsewhere to be shown, that "
@@ -112,6 +109,14 @@ class Contexts:
         pool = [i for i in self.of_user.get(user, ()) if i not in same]
         rng.shuffle(pool)
         return [self.choices[i] for i in pool[:n]]
+
+
+def say_stated(records):
+    """Say how many choices were made under a meta-prompt, which a context does not show."""
+    stated = sum(is_certain(x) and any(map(x.get, data.TEXT_TIERS)) for x in records)
+    if stated:
+        print(f"{stated} choices were made under a system message or preference, which "
+              "their context does not show")
 
 
 def with_context(records, n, source=None):

@@ -44,13 +44,18 @@ def read_config(path):
     for key in ("attention_bias", "mlp_bias", "quantization_config"):
         if asked.get(key):
             refuse(key, "is not supported")
+    if asked.get("is_causal") is False:
+        refuse("is_causal", "attention to later tokens is not supported")
     context = number("max_position_embeddings")
     layers = asked.get("layer_types") or []
     if not isinstance(layers, list):
         refuse("layer_types", "must be a list")
     windowed = asked.get("use_sliding_window", family == "mistral")
-    if layers and family != "mistral":
-        windowed = windowed and "sliding_attention" in layers
+    if windowed and family != "mistral":
+        whole = asked.get("max_window_layers", 28)
+        if not isinstance(whole, int):
+            refuse("max_window_layers", "must be a whole number")
+        windowed = "sliding_attention" in layers if layers else whole < number("num_hidden_layers")
     window = asked.get("sliding_window", 4096) if windowed else None
     if window is not None and not (is_positive(window) and window >= context):
         refuse("sliding_window", "a window is not supported; the model is exact up to that "

@@ -232,6 +232,18 @@ def chat(respond, options, examples):
             turns.append({"role": "assistant", "content": text})
 
 
+def read_examples(path):
+    """The choices of one user, from a preference file."""
+    rows = list(filter(few_shot.is_certain, data.read_records(path)))
+    if not rows:
+        raise UserError(f"--examples {path}: no choice that is certain (label_prob 1)")
+    users = {few_shot.user_of(row) for row in rows if "user" in row}
+    if len(users) > 1:
+        print(f"--examples {path}: the choices of {len(users)} users, read as one's")
+    few_shot.say_stated(rows)
+    return list(map(few_shot.choice, rows))
+
+
 def main(options):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
@@ -239,16 +251,9 @@ def main(options):
         model, tokenizer = load_checkpoint(options.ckpt, torch.device("cpu"))
         hf_model.export(options.export, model, tokenizer)
         return
+    examples = read_examples(options.examples) if options.examples else []
     model, tokenizer = load_checkpoint(options.ckpt, device, PRECISIONS[precision])
     model = for_inference(model, sampling=True)
-    rows = data.read_records(options.examples) if options.examples else []
-    if rows and not any(map(few_shot.is_certain, rows)):
-        raise UserError(f"--examples {options.examples}: no choice that is certain (label_prob 1)")
-    rows = list(filter(few_shot.is_certain, rows))
-    examples = list(map(few_shot.choice, rows))
-    users = {few_shot.user_of(row) for row in rows if "user" in row}
-    if len(users) > 1:
-        print(f"--examples {options.examples}: the choices of {len(users)} users, read as one's")
     generator = torch.Generator(device).manual_seed(options.seed)
     names = ("temperature", "top_k", "top_p", "max_new_tokens")
     settings = {name: getattr(options, name) for name in names} | {"generator": generator}

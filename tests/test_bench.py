@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
 import bench
 from common import UserError
+from sample import load_checkpoint
 
 KEYS = {"pairs_per_second", "peak_gib", "tokens_per_second"}
 
@@ -27,11 +29,46 @@ def test_training_is_measured_without_a_peer(workplace, command):
     assert "pairs_per_second_ratio" not in result
 
 
+def test_operations_are_counted_by_weight_and_token(workplace, monkeypatch):
+    """Six for each weight of the blocks and token of the tree, and of the head and answer token;
+    four with adapters."""
+    monkeypatch.setattr(bench, "matmul_peak", lambda *arguments: 1.0)
+    examples, _ = bench.encoded_rows(bench.Job(".", "tiny", 2, 0, "cpu", "fp32"))
+    model, _ = load_checkpoint("tiny", torch.device("cpu"))
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    head = model.embedding.weight.numel()
+    learned = sum(len(answer) for x in examples for answer in x.answers)
+    tokens = learned + sum(len(x.trunk) - 2 for x in examples)  # last tokens are only predicted
+    for rank, each in ((0, 6), (2, 4)):
+        found = bench.operations(bench.Job(".", "tiny", 2, rank, "cpu", "fp32"))
+        assert found["steps"] == each * (blocks * tokens + head * learned)
+        assert found["tokens"] == tokens
+
+
+def test_memory_by_size_in_miniature(command, monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "135M", (2, 2, 1, 16, 24, 2100, True))
+    found = last_line(command, "memory", "--sizes", "135M", "--batch_size", "2")["memory_gib"]
+    kinds = {"full", "full+checkpointing", "LoRA", "LoRA+checkpointing"}
+    assert found["135M"].keys() == {"parameters"} | kinds
+    assert all(0 < found["135M"][kind] < 4 for kind in kinds)
+
+
+def test_prefixes_are_timed_beside_transformers(smol, command):
+    pytest.importorskip("transformers")
+    found = last_line(command, "prefix", "--init_from", smol, "--vs", "transformers",
+                      "--rounds", "1")  # fmt: skip
+    for side in ("nanoAlign", "transformers"):
+        seconds = found["prefix_seconds"][side]
+        assert seconds.keys() == {"1", "2", "8"} and all(len(x) == 4 for x in seconds.values())
+        assert seconds["1"][3] > seconds["1"][0] > 0
+
+
 def test_training_beside_trl(smol, command):
     pytest.importorskip("trl")
     result = last_line(command, "train", "--init_from", smol, "--pref_data", "pairs.jsonl",
                        "--pairs", "6", "--rounds", "1", "--vs", "trl")  # fmt: skip
     assert result["TRL"].keys() >= KEYS
+    assert result["TRL"]["loss"] == pytest.approx(result["nanoAlign"]["loss"], abs=1e-3)
     assert result["peer"].keys() == {"trl", "datasets", "transformers", "settings"}
     ratio = result["nanoAlign"]["pairs_per_second"] / result["TRL"]["pairs_per_second"]
     assert result["pairs_per_second_ratio"] == pytest.approx(ratio)

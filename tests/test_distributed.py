@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import common
 import data
 import distributed
 from tiny import DPO, SFT, command_line, read_log, user_rows, weights
@@ -81,18 +82,22 @@ def test_sft_in_two_processes(workplace, fsdp):
     check_same("out/one", "out/two")
 
 
+@pytest.mark.parametrize("fsdp", [False, True])
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_resume_on_another_number_of_processes(workplace, first, then):
+def test_resume_on_another_number_of_processes(workplace, first, then, fsdp):
     settings = {"epochs": 40.0, "save_every": 1, "learning_rate": 1e-4}
     train("train_dpo.py", 1, out_dir="out/whole", **settings)
-    process = start("train_dpo.py", first, out_dir="out/cut", fsdp=first > 1, **settings)
+    process = start("train_dpo.py", first, out_dir="out/cut", fsdp=fsdp and first > 1, **settings)
     while not Path("out/cut/ckpt.pt").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     process.terminate()
     process.communicate()
     assert not Path("out/cut/model.pt").exists(), "it finished before it was stopped"
-    train("train_dpo.py", then, out_dir="out/cut", fsdp=then > 1, resume=True, **settings)
+    log, saved = Path("out/cut/log.jsonl"), weights("out/cut", "ckpt.pt")["step"]
+    before = log.read_bytes().splitlines()[:saved]
+    train("train_dpo.py", then, out_dir="out/cut", fsdp=fsdp and then > 1, resume=True, **settings)
+    assert log.read_bytes().splitlines()[:saved] == before  # with their seconds
     check_same("out/whole", "out/cut")
 
 
@@ -108,11 +113,43 @@ distributed.leave()
 
 def test_no_process_goes_on_before_the_run_is_written(workplace):
     """What the second stage of each process reads, the first process has written."""
-    options = SFT | {"out_dir": "out/first"}
+    options = SFT | {"out_dir": "out/first", "device": "cpu"}
     Path("both.py").write_text(BOTH_STAGES.format(here=str(HERE), options=options))
     found = subprocess.run([sys.executable, *LAUNCHER, "--nproc_per_node=2", "both.py"],
                            capture_output=True, text=True)  # fmt: skip
     assert found.returncode == 0, found.stderr
+
+
+SHARDED = """
+import sys
+sys.path.insert(0, {here!r})
+import torch, distributed
+from model import answer_logps, pack
+from sample import load_checkpoint
+device = torch.device("cpu")
+distributed.start(device)
+model = distributed.spread(load_checkpoint("tiny", device)[0].train(), True, device)
+distributed.sync_gradients(model, False)
+answer_logps(model, pack([([1, 2], [[3, 4]])], device)).sum().backward()
+for p in model.parameters():
+    assert p.grad.to_local().shape == p.to_local().shape != p.shape
+distributed.leave()
+"""
+
+
+def test_fsdp_holds_no_whole_gradient_between_the_passes_of_a_step(workplace):
+    Path("sharded.py").write_text(SHARDED.format(here=str(HERE)))
+    found = subprocess.run([sys.executable, *LAUNCHER, "--nproc_per_node=2", "sharded.py"],
+                           capture_output=True, text=True)  # fmt: skip
+    assert found.returncode == 0, found.stderr
+
+
+def test_one_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "RANK", 1)
+    common.save_json(tmp_path / "a.json", {})
+    common.save_tensors(tmp_path / "a.pt", {})
+    common.Log(tmp_path, 0).write(step=1)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("options", [{"pref_data": "none.jsonl"}, {"out_dir": "tiny"}])

@@ -577,7 +577,7 @@ def test_sample_reads_examples_as_the_checkpoint_was_trained(users, latent, comm
     dpo("out/a", pref_data="users.jsonl", context=4, latent=latent, epochs=8.0, learning_rate=5e-3)
     rows = user_rows()
     write_rows("short.jsonl", *rows[7:11])
-    write_rows("long.jsonl", *rows[:4])
+    write_rows("long.jsonl", *[row | {"preference": "Be brief."} for row in rows[:4]])
     answers = []
     write_rows("both.jsonl", *rows[5:9])
     for name in ("short", "long", "both"):
@@ -586,6 +586,7 @@ def test_sample_reads_examples_as_the_checkpoint_was_trained(users, latent, comm
                                    "--precision", "fp32")  # fmt: skip
         assert status == 0, err
         assert ("the choices of 2 users" in out) == (name == "both")
+        assert ("4 choices were made under a system message" in out) == (name == "long")
         answers.append(out)
     assert answers[0] != answers[1]
     write_rows("doubt.jsonl", *[row | {"label_prob": 0.9} for row in rows[:4]])

@@ -171,7 +171,7 @@ PLAIN = {"model_type": "llama", "vocab_size": 97, "hidden_size": 48, "intermedia
          "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
          "max_position_embeddings": 256, "rms_norm_eps": 1e-5}  # fmt: skip
 MISTRAL, QWEN2 = {"model_type": "mistral"}, {"model_type": "qwen2"}
-WINDOWED = QWEN2 | {"use_sliding_window": True}
+WINDOWED = QWEN2 | {"use_sliding_window": True, "max_window_layers": 1}
 LONG = {"max_position_embeddings": 5000}
 NESTED = {"full_attention": {"rope_type": "default", "rope_theta": 5.0}}
 REFUSED = {  # key that the message names -> configs
@@ -179,6 +179,8 @@ REFUSED = {  # key that the message names -> configs
     "hidden_act": [{"hidden_act": x} for x in ("gelu", "relu", ["silu"])],
     "attention_bias": [{"attention_bias": True}],
     "mlp_bias": [{"mlp_bias": True}],
+    "is_causal": [{"is_causal": False}],
+    "max_window_layers": [WINDOWED | {"max_window_layers": x} for x in ("2", None)],
     "quantization_config": [{"quantization_config": {"quant_method": "fp8"}}],
     "sliding_window": [
         MISTRAL | {"sliding_window": 64}, MISTRAL | {"sliding_window": 255}, MISTRAL | LONG,
@@ -245,6 +247,7 @@ def test_config_that_lacks_a_size_is_refused(tmp_path):
     MISTRAL | LONG | {"sliding_window": 5000}, QWEN2 | LONG | {"sliding_window": 64},
     WINDOWED | {"sliding_window": 256}, QWEN2 | {"layer_types": ["full_attention"] * 2},
     WINDOWED | LONG | {"layer_types": ["full_attention"] * 2},
+    WINDOWED | LONG | {"max_window_layers": 2}, {"is_causal": True},
     {"rope_scaling": None}, {"partial_rotary_factor": 1.0}, {"quantization_config": None},
     {"torch_dtype": "bfloat16", "attention_dropout": 0.0, "pretraining_tp": 1},
 ])  # fmt: skip

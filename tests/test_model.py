@@ -570,6 +570,22 @@ def test_what_prompts_share_runs_once(monkeypatch):
     assert set(rows[CONFIG.n_layer :]) == {5}
 
 
+def test_finished_rows_leave_the_batch(monkeypatch):
+    """Prompts with room for 8, 4 and 2 tokens: the first token comes from the prompts' pass."""
+    model, rows = new_model(), []
+    forward = Transformer.forward
+
+    def counted(self, trees, cache=None):
+        rows.append(len(trees.tokens))
+        return forward(self, trees, cache)
+
+    monkeypatch.setattr(Transformer, "forward", counted)
+    rng = random.Random(0)
+    answers = generate(model, [draw(rng, n) for n in (32, 36, 38)], (), 8)
+    assert list(map(len, answers)) == [8, 4, 2]
+    assert rows[1:] == [3, 2, 2, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("captured", [False, True])
 def test_generation_stops_at_block_size_and_at_max_new_tokens(captured, monkeypatch):
     if captured:

@@ -215,6 +215,38 @@ def test_block_size_cuts_training_rows_and_no_evaluation(monkeypatch):
     assert seen == 3 * [(len(pairs()), 256)]  # the watched part, all of it at the end, and again
 
 
+def test_a_row_that_does_not_fit_is_named_and_not_its_partner(write_rows):
+    brief, long = pairs()[:2]
+    write_rows("long.jsonl", brief, long | {"preference": "Tell me everything. " * 20})
+    dpo("out/a", max_steps=1)
+    with pytest.raises(UserError, match="long.jsonl:2: field 'preference': with it"):
+        run(evaluate, ckpt="out/a", pref_data="long.jsonl")
+
+
+def test_a_scaled_step_whose_gradient_overflows_is_left_out(tmp_path):
+    """As with fp16: weights stay, the scale is halved, and the log is still JSON."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = model.weight.detach().clone()
+    scaler.scale(model(torch.full((1, 2), math.inf)).sum()).backward()
+    norm = common.update(model, optimizer, scaler, 1.0, 0.1)
+    assert torch.equal(model.weight, before) and scaler.get_scale() == 2
+    common.Log(tmp_path, 0).write(step=1, grad_norm=norm)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "grad_norm": null}\n'
+
+    scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+    assert common.update(model, optimizer, scaler, 10.0, 0.1) == pytest.approx(math.sqrt(2))
+    assert torch.allclose(model.weight, before - 0.1) and scaler.get_scale() == 2
+
+    for _ in range(2):
+        scaler.scale(model(torch.full((1, 2), math.nan)).sum()).backward()
+        if scaler.get_scale() > 1:
+            common.update(model, optimizer, scaler, 1.0, 0.1)
+    with pytest.raises(UserError, match="never finite"):
+        common.update(model, optimizer, scaler, 1.0, 0.1)
+
+
 # ---------------------------------------------------------------- the path in miniature
 
 
@@ -343,9 +375,12 @@ def test_kill_minus_nine_and_resume(stage, keep_ckpt):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not Path("out/cut/model.pt").exists()
-    assert 0 <= read_log("out/cut")[-1]["step"] - weights("out/cut", "ckpt.pt")["step"] <= 5
+    saved = weights("out/cut", "ckpt.pt")["step"]
+    assert 0 <= read_log("out/cut")[-1]["step"] - saved <= 5
 
+    before = log.read_bytes().splitlines()[:saved]
     stage("out/cut", **options, resume=True)
+    assert log.read_bytes().splitlines()[:saved] == before  # with their seconds
     stage("out/whole", **options)
     assert_same_run("out/cut", "out/whole")
 
@@ -371,7 +406,11 @@ def test_stop_after_any_step_and_resume(stage, steps, keep_ckpt, monkeypatch):
             stage("out/cut", **options)
     with pytest.raises(UserError, match="in use"):
         stage("out/cut", **options)
-    stage("out/cut", **options, resume=True)
+    done.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "update", lambda *args: (done.append(1), update(*args))[1])
+        stage("out/cut", **options, resume=True)
+    assert len(done) == (6 if steps < 3 else 3)
     stage("out/whole", **options)
     assert_same_run("out/cut", "out/whole")
 
