@@ -490,13 +490,15 @@ class HfTokenizer:
             raise UserError(f"{self.template_path}: field 'chat_template': "
                             f"{first_line(error)}") from None
 
+    def rendered(self, **about):
+        return self.template.render(**about, tools=None, documents=None, **self.variables)
+
     def fill(self, roles, with_system, with_answer):
         """The template's text for some turns, with a sentinel for each content."""
         turns = by_sentinel(["system", *roles]).items()
         messages = [{"role": role, "content": sentinel} for sentinel, role in turns]
         messages = messages if with_system else messages[1:]
-        text = self.attempt(self.template.render, messages=messages, tools=None, documents=None,
-                            add_generation_prompt=with_answer, **self.variables)  # fmt: skip
+        text = self.attempt(self.rendered, messages=messages, add_generation_prompt=with_answer)
         if sorted(SENTINEL.findall(text)) != [message["content"] for message in messages]:
             raise UserError(f"{self.template_path}: field 'chat_template': does not show each of "
                             f"the turns {', '.join(m['role'] for m in messages)} once")
@@ -530,10 +532,12 @@ class HfTokenizer:
         turns = prompt_turns(record)
         texts = by_sentinel([meta_prompt(record), *(turn["content"] for turn in turns)])
         text, items = self.skeleton(tuple(turn["role"] for turn in turns), bool(texts[META]))
-        if contents is None and isinstance(self.model, Library):
+        if contents is None:
             whole = SENTINEL.sub(lambda match: texts[match[0]], text)
-            if self.special_only(self.split(whole)) == self.special_only(items):
-                return self.model.encode(whole, with_special=True)
+            self.compare(whole, texts[META], turns)
+            if isinstance(self.model, Library):
+                if self.special_only(self.split(whole)) == self.special_only(items):
+                    return self.model.encode(whole, with_special=True)
         given, ids, stretch = by_sentinel(contents or (), 1), [], ""
         for item in items:
             if isinstance(item, str) and item not in given:
@@ -542,6 +546,17 @@ class HfTokenizer:
                 ids += [*self.encode(stretch), *given.get(item, [item])]
                 stretch = ""
         return ids + self.encode(stretch)
+
+    def compare(self, whole, meta, turns):
+        """Say so once where the template would not show the contents as they are."""
+        messages = [{"role": "system", "content": meta}] * bool(meta) + turns
+        if meta and not self.takes_system:
+            first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
+            messages = list(turns)
+            messages[first] = turns[first] | {"content": f"{meta}\n\n{turns[first]['content']}"}
+        if whole != self.attempt(self.rendered, messages=messages, add_generation_prompt=True):
+            say_once(f"{self.folder}: the chat template would change contents (outer white space, "
+                     "thoughts in earlier answers): here they stay as they are")
 
     def encode(self, text):
         """Ordinary text: what spells a special token is encoded as any other text."""

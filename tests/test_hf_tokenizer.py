@@ -391,7 +391,9 @@ def test_ids_are_those_of_apply_chat_template(kind, template, write_folder, caps
     ours = same_conversations(folder, template != "mistral")
     end = "</s>" if template in ("mistral", "llama2") else "<|im_end|>"
     assert ours.decode([ours.end]) == end
-    assert capsys.readouterr().out.count("takes no system turn") == (template == "mistral")
+    out = capsys.readouterr().out
+    assert out.count("takes no system turn") == (template == "mistral")
+    assert "would change contents" not in out
 
 
 @pytest.mark.parametrize("strips", [("lstrip",), ("rstrip",), ("lstrip", "rstrip")])
@@ -524,6 +526,22 @@ def test_contents_replace_the_turns(write_folder, capsys):
         assert ids == [259, *b"[INST] Be brief.\n\nhello [/INST]"]
     assert ours.render({"prompt": "hello"}, [[7]]) == [259, *b"[INST] ", 7, *b" [/INST]"]
     assert capsys.readouterr().out.count("takes no system turn") == 1
+
+
+THOUGHTLESS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1].strip()")
+
+
+@pytest.mark.parametrize("content", ["hm</think>Hello.", " Hello."])
+def test_contents_that_a_template_would_change_stay_and_it_says_so(content, write_folder, capsys):
+    ours = HfTokenizer.load(write_folder(by_hand(), THOUGHTLESS))
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
+             {"role": "user", "content": "More"}]  # fmt: skip
+    ours.render({"prompt": turns})
+    assert "would change contents" not in capsys.readouterr().out
+    turns[1]["content"] = content
+    for _ in range(2):
+        assert content in ours.decode(ours.render({"prompt": turns}))
+    assert capsys.readouterr().out.count("would change contents") == 1
 
 
 def test_no_content_yields_a_special_token(write_folder):
