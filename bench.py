@@ -24,6 +24,7 @@ import tempfile
 import time
 import traceback
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -200,12 +201,13 @@ def profile_ours(job):
     return shares
 
 
-def train_trl(job):
+def train_trl(job, at_once):
     """DPOTrainer on the same token ids in the same order: {"seconds", "loss"}.
 
     From loading the model to the last step, reference log-probabilities included, which it
-    computes beforehand, in batches of the same size, padded to a batch's longest, with its fused
-    head, under autocast, without checkpointing of activations and without saving the model.
+    computes beforehand. Steps of the same size, `at_once` pairs in each pass, padded to the longest
+    (every size that divides a step is tried and the fastest compared), with its fused head, under
+    autocast, without checkpointing of activations and without saving the model.
     """
     import datasets
     import transformers
@@ -226,7 +228,8 @@ def train_trl(job):
     model = transformers.AutoModelForCausalLM.from_pretrained(job.init_from, dtype=torch.float32)
     arguments = trl.DPOConfig(
         output_dir="out/trl", max_length=None, num_train_epochs=1, learning_rate=1e-6,
-        per_device_train_batch_size=job.batch_size, precompute_ref_log_probs=True,
+        per_device_train_batch_size=at_once, precompute_ref_log_probs=True,
+        gradient_accumulation_steps=job.batch_size // at_once,
         bf16=job.precision == "bf16", fp16=job.precision == "fp16", use_cpu=job.device == "cpu",
         gradient_checkpointing=False, train_sampling_strategy="sequential", logging_steps=1000,
         save_strategy="no", report_to="none", disable_tqdm=True,
@@ -272,7 +275,10 @@ def train(options, device, precision):
     """Speed and memory of one epoch of `pairs` rows drawn from the data, reference included."""
     records = data.read_records(options.pref_data)
     rows = random.Random(0).sample(records, min(options.pairs, len(records)))
-    sides = {"nanoAlign": train_ours} | ({"TRL": train_trl} if options.vs else {})
+    sides, cuts = {"nanoAlign": train_ours}, range(1, options.batch_size + 1)
+    if options.vs:
+        sides |= {f"TRL by {n}": partial(train_trl, at_once=n) for n in cuts
+                  if options.batch_size % n == 0}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         data.save_records(Path(folder, "pairs.jsonl"), rows)
         init_from = str(hf_model.find(options.init_from).resolve())
@@ -292,7 +298,8 @@ def train(options, device, precision):
     result |= {f"time_in_{name}": share for name, share in shares.items() if name != "peak_gib"}
     result["share_of_peak_in_steps"] = needed["steps"] / ours["step_seconds"] / peak
     if options.vs:
-        theirs = result["TRL"]
+        theirs = min((result[side] for side in sides if side != "nanoAlign"),
+                     key=lambda side: side["seconds"])  # fmt: skip
         result["pairs_per_second_ratio"] = theirs["seconds"] / ours["seconds"]
         result["peak_memory_ratio"] = ours["peak_gib"] / theirs["peak_gib"]
     return result
@@ -397,17 +404,13 @@ def time_passes(run):
     """{answers: [seconds for each prefix]} of run(prefix, answers): a forward and backward pass."""
     generator = random.Random(0)
     draw = lambda n: [generator.randrange(256) for _ in range(n)]  # noqa: E731
-    on_card = torch.accelerator.is_available()
-    wait = torch.accelerator.synchronize if on_card else lambda: None
-    run(draw(64), [draw(ANSWER)])
-    wait()
+    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
     seconds = {}
     for n in ANSWERS:
         for size in PREFIXES:
             work = draw(size), [draw(ANSWER) for _ in range(n)]
-            if on_card:  # which loads and chooses kernels at the first time
-                run(*work)
-                wait()
+            run(*work)  # kernels are made or chosen at the first time
+            wait()
             start = time.perf_counter()
             run(*work)
             wait()

@@ -22,7 +22,7 @@ import data
 import evaluate
 from common import UserError
 from model import for_inference
-from sample import answer, load_checkpoint
+from sample import answer_tokens, load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -221,18 +221,22 @@ def answer_both_ways(options):
     for name, preferences in ASKED.items():
         records = data.read_records(str(Path(options.out_dir) / f"{name}-val.jsonl"))
         prompts = first_prompts(records, PROMPTS)
-        texts = {}
+        found = {}
         with common.autocast(device, precision):
             for preference in preferences:
                 asked = [{"preference": preference, "prompt": prompt} for prompt in prompts]
-                texts[preference] = answer(model, tokenizer, asked, MAX_NEW_TOKENS)
+                found[preference] = answer_tokens(model, tokenizer, asked, MAX_NEW_TOKENS)
+        texts = {key: list(map(tokenizer.decode, answers)) for key, answers in found.items()}
         for i, prompt in enumerate(prompts):
             print(f"\n{prompt}")
             for preference in preferences:
                 print(f"  [{preference}] {texts[preference][i]}")
-        short, long = (sum(map(len, texts[p])) / len(prompts) for p in preferences)
-        print(f"\n{name}: {short:.0f} characters on average under {preferences[0]!r}, {long:.0f} "
-              f"under {preferences[1]!r}, ratio {long / max(short, 1):.2f}")
+        sizes = [sum(map(len, texts[preference])) / len(prompts) for preference in preferences]
+        print(f"\n{name}: ratio of lengths {sizes[1] / max(sizes[0], 1):.2f}")
+        for preference, size in zip(preferences, sizes, strict=True):
+            cut = sum(len(tokens) == MAX_NEW_TOKENS for tokens in found[preference])
+            print(f"  {preference!r}: {size:.0f} characters on average, {cut} of {len(prompts)} "
+                  f"cut at {MAX_NEW_TOKENS} tokens")
 
 
 def main(options):

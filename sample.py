@@ -166,8 +166,8 @@ def reference_folder(folder, config):
     return found
 
 
-def answer(model, tokenizer, records, max_new_tokens=200, generator=None, z=None, **sampling):
-    """Answers (texts) to records, each under its own meta-prompt, generated as one batch.
+def answer_tokens(model, tokenizer, records, max_new_tokens, generator=None, z=None, **sampling):
+    """Answers (lists of tokens) to records, each under its own meta-prompt, made as one batch.
 
     Where the model has an encoder, `examples` become its latent, unless z (records, n_latent) is
     given.
@@ -178,8 +178,13 @@ def answer(model, tokenizer, records, max_new_tokens=200, generator=None, z=None
             z = few_shot.latents(model, records) if z is None else z
         records = [few_shot.without_examples(record) for record in records]
     prompts = [e.trunk for e in data.encode_all(records, tokenizer, room, "prompts")]
-    found = generate(model, prompts, tokenizer.ends, max_new_tokens, generator, z, **sampling)
-    return [tokenizer.decode(tokens) for tokens in found]
+    return generate(model, prompts, tokenizer.ends, max_new_tokens, generator, z, **sampling)
+
+
+def answer(model, tokenizer, records, max_new_tokens=200, **settings):
+    """The texts of `answer_tokens`."""
+    found = answer_tokens(model, tokenizer, records, max_new_tokens, **settings)
+    return list(map(tokenizer.decode, found))
 
 
 def meta_prompt(system, preference, examples):

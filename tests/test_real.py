@@ -192,3 +192,17 @@ def test_the_length_rule_by_hand():
             rows.append({"prompt": str(i), "chosen": chosen, "rejected": rejected,
                          "meta": {"preference_name": name, "dataset": "x" if i else "y"}})
     assert real.length_rule(rows) == {"all": (2.5, 4), "x": (1.5, 3), "y": (1, 1)}
+
+
+def test_answers_under_opposite_preferences_and_their_lengths(prepared, tiny_run, command):
+    for name in ("concise", "polite"):
+        real.data.save_records(tiny_run.parent / f"{name}-val.jsonl", prepared[f"{name}-val"])
+    status, out, err = command(real, "--ckpt", tiny_run, "--out_dir", tiny_run.parent,
+                               "--device", "cpu", "--precision", "fp32")  # fmt: skip
+    assert status == 0, err
+    assert out.count("\n  [Be concise.] ") == out.count("\n  [Please be polite.] ") == real.PROMPTS
+    found = re.findall(r"'(.*)': (\d+) characters on average, (\d+) of 20 cut at 200 tokens", out)
+    assert [preference for preference, _, _ in found] == [x for y in real.ASKED.values() for x in y]
+    ratios = re.findall(r": ratio of lengths (.*)\n", out)
+    assert float(ratios[0]) == pytest.approx(int(found[1][1]) / int(found[0][1]), rel=0.01)
+    assert all(0 <= int(cut) <= 20 for _, _, cut in found)
