@@ -102,7 +102,7 @@ def in_process(function, *arguments):
     try:
         found = here.recv()
     except EOFError:
-        found = f"{function.__name__}: the process was killed"
+        found = f"{getattr(function, 'func', function).__name__}: the process was killed"
     process.join()
     if isinstance(found, str):
         raise UserError(found)
@@ -120,7 +120,7 @@ def take_turns(sides, rounds, *arguments):
 
 
 def as_torch_comes():
-    """For the peers' processes: what our model.py and common.py have set is as without them."""
+    """For the peers' processes: undo what our model.py and common.py set on import."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     os.environ.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
 
@@ -205,9 +205,9 @@ def train_trl(job, at_once):
     """DPOTrainer on the same token ids in the same order: {"seconds", "loss"}.
 
     From loading the model to the last step, reference log-probabilities included, which it
-    computes beforehand. Steps of the same size, `at_once` pairs in each pass, padded to the longest
-    (every size that divides a step is tried and the fastest compared), with its fused head, under
-    autocast, without checkpointing of activations and without saving the model.
+    computes beforehand. Steps of the same size in passes of `at_once` pairs, each padded to its
+    longest (all sizes that divide a step are tried, the fastest is compared), with its fused head,
+    under autocast, without checkpointing of activations and without saving the model.
     """
     import datasets
     import transformers
@@ -275,10 +275,10 @@ def train(options, device, precision):
     """Speed and memory of one epoch of `pairs` rows drawn from the data, reference included."""
     records = data.read_records(options.pref_data)
     rows = random.Random(0).sample(records, min(options.pairs, len(records)))
-    sides, cuts = {"nanoAlign": train_ours}, range(1, options.batch_size + 1)
+    sides = {"nanoAlign": train_ours}
     if options.vs:
-        sides |= {f"TRL by {n}": partial(train_trl, at_once=n) for n in cuts
-                  if options.batch_size % n == 0}  # fmt: skip
+        cuts = [n for n in range(1, options.batch_size + 1) if options.batch_size % n == 0]
+        sides |= {f"TRL by {n}": partial(train_trl, at_once=n) for n in cuts}
     with tempfile.TemporaryDirectory() as folder:
         data.save_records(Path(folder, "pairs.jsonl"), rows)
         init_from = str(hf_model.find(options.init_from).resolve())
@@ -298,8 +298,7 @@ def train(options, device, precision):
     result |= {f"time_in_{name}": share for name, share in shares.items() if name != "peak_gib"}
     result["share_of_peak_in_steps"] = needed["steps"] / ours["step_seconds"] / peak
     if options.vs:
-        theirs = min((result[side] for side in sides if side != "nanoAlign"),
-                     key=lambda side: side["seconds"])  # fmt: skip
+        theirs = min((result[f"TRL by {n}"] for n in cuts), key=lambda side: side["seconds"])
         result["pairs_per_second_ratio"] = theirs["seconds"] / ours["seconds"]
         result["peak_memory_ratio"] = ours["peak_gib"] / theirs["peak_gib"]
     return result

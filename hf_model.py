@@ -52,10 +52,11 @@ def read_config(path):
         refuse("layer_types", "must be a list")
     windowed = asked.get("use_sliding_window", family == "mistral")
     if windowed and family != "mistral":
-        whole = asked.get("max_window_layers", 28)
-        if not isinstance(whole, int):
+        full_layers = asked.get("max_window_layers", 28)
+        if not isinstance(full_layers, int):
             refuse("max_window_layers", "must be a whole number")
-        windowed = "sliding_attention" in layers if layers else whole < number("num_hidden_layers")
+        windowed = full_layers < number("num_hidden_layers")
+        windowed = "sliding_attention" in layers if layers else windowed
     window = asked.get("sliding_window", 4096) if windowed else None
     if window is not None and not (is_positive(window) and window >= context):
         refuse("sliding_window", "a window is not supported; the model is exact up to that "

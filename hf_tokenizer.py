@@ -548,13 +548,17 @@ class HfTokenizer:
         return ids + self.encode(stretch)
 
     def compare(self, whole, meta, turns):
-        """Say so once where the template would not show the contents as they are."""
+        """Say so once where the template would change what the prompt says, or refuse it."""
         messages = [{"role": "system", "content": meta}] * bool(meta) + turns
         if meta and not self.takes_system:
             first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
             messages = list(turns)
             messages[first] = turns[first] | {"content": f"{meta}\n\n{turns[first]['content']}"}
-        if whole != self.attempt(self.rendered, messages=messages, add_generation_prompt=True):
+        try:
+            theirs = self.attempt(self.rendered, messages=messages, add_generation_prompt=True)
+        except UserError:
+            theirs = None
+        if whole != theirs:
             say_once(f"{self.folder}: the chat template would change contents (outer white space, "
                      "thoughts in earlier answers): here they stay as they are")
 

@@ -213,7 +213,7 @@ def first_prompts(records, n):
 
 
 def answer_both_ways(options):
-    """Print greedy answers under opposite preferences, and the ratio of their mean lengths."""
+    """Print greedy answers under opposite preferences, their mean lengths, how many are cut."""
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
     model, tokenizer = load_checkpoint(options.ckpt, device, common.PRECISIONS[precision])

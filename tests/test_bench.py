@@ -1,6 +1,8 @@
 """bench.py in miniature, beside the peers where they are installed."""
 
 import json
+import os
+from functools import partial
 
 import pytest
 import torch
@@ -61,6 +63,18 @@ def test_prefixes_are_timed_beside_transformers(smol, command):
         seconds = found["prefix_seconds"][side]
         assert seconds.keys() == {"1", "2", "8"} and all(len(x) == 4 for x in seconds.values())
         assert seconds["1"][3] > seconds["1"][0] > 0
+
+
+def test_peers_get_as_many_kernels_as_onednn_keeps(monkeypatch):
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
+    bench.as_torch_comes()
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ
+
+
+def test_a_killed_process_is_an_error_of_one_line():
+    with pytest.raises(UserError, match="^_exit: the process was killed"):
+        bench.in_process(partial(os._exit, 9))
 
 
 def test_training_beside_trl(smol, command):

@@ -590,7 +590,7 @@ def test_sample_reads_examples_as_the_checkpoint_was_trained(users, latent, comm
         answers.append(out)
     assert answers[0] != answers[1]
     write_rows("doubt.jsonl", *[row | {"label_prob": 0.9} for row in rows[:4]])
-    status, _, err = command(sample, "--ckpt", "out/a", "--prompt", "Why?", "--examples",
+    status, _, err = command(sample, "--ckpt", "out/none", "--prompt", "Why?", "--examples",
                              "doubt.jsonl")  # fmt: skip
     assert status == 2 and "--examples doubt.jsonl: no choice that is certain" in err
 

@@ -194,7 +194,12 @@ def test_the_length_rule_by_hand():
     assert real.length_rule(rows) == {"all": (2.5, 4), "x": (1.5, 3), "y": (1, 1)}
 
 
-def test_answers_under_opposite_preferences_and_their_lengths(prepared, tiny_run, command):
+def test_answers_under_opposite_preferences_and_their_lengths(
+    prepared, tiny_run, command, monkeypatch
+):
+    cut, short = [[97] * 200] * 3 + [[97] * 5] * 17, [[97] * 9] * 20  # 34.25 and 9 characters
+    answers = iter((cut, short) * 2)
+    monkeypatch.setattr(real, "answer_tokens", lambda *arguments: next(answers))
     for name in ("concise", "polite"):
         real.data.save_records(tiny_run.parent / f"{name}-val.jsonl", prepared[f"{name}-val"])
     status, out, err = command(real, "--ckpt", tiny_run, "--out_dir", tiny_run.parent,
@@ -203,6 +208,5 @@ def test_answers_under_opposite_preferences_and_their_lengths(prepared, tiny_run
     assert out.count("\n  [Be concise.] ") == out.count("\n  [Please be polite.] ") == real.PROMPTS
     found = re.findall(r"'(.*)': (\d+) characters on average, (\d+) of 20 cut at 200 tokens", out)
     assert [preference for preference, _, _ in found] == [x for y in real.ASKED.values() for x in y]
-    ratios = re.findall(r": ratio of lengths (.*)\n", out)
-    assert float(ratios[0]) == pytest.approx(int(found[1][1]) / int(found[0][1]), rel=0.01)
-    assert all(0 <= int(cut) <= 20 for _, _, cut in found)
+    assert [(int(size), int(cut)) for _, size, cut in found] == [(34, 3), (9, 0)] * 2
+    assert re.findall(r": ratio of lengths (.*)\n", out) == ["0.26"] * 2
