@@ -324,7 +324,7 @@ def clear(folder, overwrite):
     return (folder / "ckpt.pt").exists()
 
 
-LOCKS = []
+LOCKS = []  # open files: a lock lasts as long as its file is open
 
 
 def lock(folder):

@@ -640,9 +640,13 @@ def encode_all(records, tokenizer, block_size, what):
 def print_cuts(examples, block_size, what):
     prompts = sum(e.cut_prompt for e in examples)
     answers = sum(e.cut_answers for e in examples)
+    alike = sum(e.cut_answers > 0 and len(set(map(tuple, e.answers))) == 1 < len(e.answers)
+                for e in examples)
     if prompts or answers:
         print(f"{what}: cut {prompts} queries and {answers} answers of {len(examples)} rows "
               f"to fit {block_size} tokens")
+    if alike:
+        print(f"{what}: {alike} pairs have the same answer twice after that, and teach nothing")
 
 
 # ---------------------------------------------------------------- batches

@@ -37,7 +37,7 @@ class Options:
     context_data: str = ""  # files to take those choices from; default: pref_data
     reference: str = ""  # pi_0; default: what training started from; from scratch the run itself
     max_new_tokens: int = 120  # longest generated answer, in tokens (world only)
-    micro_tokens: int = 4096  # tree tokens of one forward pass
+    micro_tokens: int = 4096  # tree tokens scored at once; answers are generated 128 at once
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: str = "auto"  # auto, bf16, fp16, fp32
 
@@ -108,8 +108,9 @@ def pair_logps_once(model, examples, micro_tokens, progress=""):
 def reference_logps(model, weights, examples, micro_tokens, progress):
     """`pair_logps_once` of a frozen model, kept under out/cache; `weights` is their hash.
 
-    The file's name is the hash of all it depends on: weights, sizes, precision, device, the code of
-    the model, and the tokens of the examples, which hold tokenizer, template and limits.
+    The file's name is the hash of all it depends on: weights, sizes, precision, device, torch's
+    version, the code of the model, and the tokens of the examples, which hold tokenizer, template
+    and limits.
     """
     code = Path(__file__).with_name("model.py").read_text(encoding="utf-8")
     device = model.embedding.weight.device.type
@@ -255,15 +256,15 @@ def summarize(found, records, flips):
         if metric in found:
             mean, interval = mean_and_interval(*found[metric], records, rng)
             result[metric], result[f"{metric}_ci"] = round(mean, 4), interval
-    groups = defaultdict(list)
-    for i, record in enumerate(records):
-        name = record.get("meta", {}).get("preference_name")
-        if name is not None:
-            groups[str(name)].append(bool(found["accuracy"][1][i]))
-    result["by_preference_name"] = {
-        name: {"pairs": len(right), "accuracy": round(float(np.mean(right)), 4)}
-        for name, right in sorted(groups.items())
-    }
+    for key in ("preference_name", "dataset"):
+        groups = defaultdict(list)
+        for record, right in zip(records, found["accuracy"][1], strict=True):
+            if record.get("meta", {}).get(key) is not None:
+                groups[str(record["meta"][key])].append(right)
+        result[f"by_{key}"] = {
+            name: {"pairs": len(group), "accuracy": round(float(np.mean(group)), 4)}
+            for name, group in sorted(groups.items())
+        }
     return result
 
 
@@ -302,11 +303,11 @@ def score_generated(model, tokenizer, records, max_new_tokens, progress=""):
 
 # ---------------------------------------------------------------- the whole evaluation
 
-OURS = {name for _, evaluation in world.DATA.values() for name in evaluation}
+WORLD_SETS = {name for _, evaluation in world.DATA.values() for name in evaluation}
 
 
 @torch.no_grad()
-def steered_logps(model, records, examples, micro_tokens, progress):
+def steered_logps(model, records, examples, micro_tokens, progress=""):
     """`pair_logps`; a model that has an encoder is steered by what it makes of the records."""
     if model.encoder is None:
         return pair_logps_once(model, examples, micro_tokens, progress)
@@ -324,7 +325,7 @@ def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens,
     block_size = min(model.config.block_size for model in (reference, *policies.values()))
     encoded = []  # all of them first, so that what does not fit stops here
     for name, records in datasets:
-        read = [few_shot.without_examples(r) for r in records] if latent else records
+        read = few_shot.without_examples(records) if latent else records
         encoded.append((name, records, read, *encode_both(read, tokenizer, block_size, name)))
     for name, records, read, shown, alone in encoded:
         logps = {reference: [
@@ -345,7 +346,7 @@ def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens,
         flips = find_flips(records)
         for policy, model in policies.items():
             found, axes = steerability(*logps[model], *logps[reference], flips), {}
-            if name.split(",")[0] in OURS:
+            if name.split(",")[0] in WORLD_SETS:  # also "users, N=4" of add_contexts
                 asked = read if model is reference else records
                 generated, axes = score_generated(
                     model, tokenizer, asked, max_new_tokens, f"{policy} answers {name}"
@@ -444,6 +445,8 @@ def load_reference(options, policy, tokenizer, config, device, dtype):
         except UserError as error:
             raise UserError(f"{error}; give --reference") from None
     reference, its_tokenizer = load_checkpoint(folder, device, dtype)
+    if reference.encoder is not None:
+        raise UserError(f"--reference {folder}: has a latent; take what its training started from")
     if its_tokenizer.describe() != tokenizer.describe():
         raise UserError(f"{folder}: has another tokenizer than {options.ckpt}")
     return reference, folder

@@ -19,6 +19,9 @@ from model import Encoder, FiLM, pack
 
 # ---------------------------------------------------------------- whose choices are the context
 
+# Where a row comes from that does not know its file and line.
+BUILT_IN = "built-in data (--context needs `users`)"
+
 
 def choice(record):
     """A record as one of its user's earlier choices, an entry of `examples`.
@@ -27,7 +30,7 @@ def choice(record):
     Raises UserError for a record that is not a pair of answers.
     """
     if "chosen" not in record:
-        raise UserError(f"{record.get('where', 'a record')}: field 'chosen': missing; a user's "
+        raise UserError(f"{record.get('where', BUILT_IN)}: field 'chosen': missing; a user's "
                         "earlier choices are pairs of answers")
     prompt = data.prompt_turns(record)[-1]["content"]
     return {"prompt": prompt, "chosen": record["chosen"], "rejected": record["rejected"]}
@@ -36,7 +39,7 @@ def choice(record):
 def user_of(record):
     """Whose choice it is, as text: 5 is "5" in another file."""
     if "user" not in record:
-        raise UserError(f"{record.get('where', 'a record')}: field 'user': missing; the context "
+        raise UserError(f"{record.get('where', BUILT_IN)}: field 'user': missing; the context "
                         "of a choice is what else its user chose")
     return str(record["user"])
 
@@ -144,8 +147,9 @@ def with_random_contexts(records, rows, most, seed):
     return [records[i] | {"examples": contexts.draw(i, rng.randint(0, most), rng)} for i in rows]
 
 
-def without_examples(record):
-    return {k: v for k, v in record.items() if k != "examples"}
+def without_examples(records):
+    """Records as the text that a model with a latent reads: it sees the choices as numbers."""
+    return [{k: v for k, v in record.items() if k != "examples"} for record in records]
 
 
 # ---------------------------------------------------------------- choices as numbers

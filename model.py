@@ -297,7 +297,7 @@ def rope_frequencies(config):
     low_freq_factor by `factor`, and those in between in part.
     """
     half = config.head_size // 2
-    frequencies = config.rope_theta ** (-torch.arange(half, device="cpu").float() / half)
+    frequencies = 1 / config.rope_theta ** (torch.arange(half, device="cpu").float() / half)
     if config.rope_scaling is None:
         return frequencies
     scaling = config.rope_scaling
@@ -584,6 +584,8 @@ class AdaptersOff:
 
     def __call__(self, trees, cache=None):
         linears = [module for module in self.model.modules() if isinstance(module, Linear)]
+        training = self.model.training
+        self.model.eval()
         for module in linears:
             module.adapted = False
         try:
@@ -591,6 +593,7 @@ class AdaptersOff:
         finally:
             for module in linears:
                 module.adapted = True
+            self.model.train(training)
 
 
 def from_weights(config, weights, device, dtype=torch.float32):
@@ -900,7 +903,7 @@ def pack_prompts(prompts, z, device):
         shared = 0
         trees = pack([(prompt, []) for prompt in prompts], device)
     else:
-        # A branch's last token, here 0, is not run.
+        # One tree, which reads the first of the equal z. A branch's last token, 0, is not run.
         trees = pack([(first[:shared], [[*prompt[shared:], 0] for prompt in prompts])], device)
     trees.z, paths, end = z, [], shared
     for prompt in prompts:

@@ -176,7 +176,7 @@ def answer_tokens(model, tokenizer, records, max_new_tokens, generator=None, z=N
     if model.encoder is not None:
         with torch.no_grad():
             z = few_shot.latents(model, records) if z is None else z
-        records = [few_shot.without_examples(record) for record in records]
+        records = few_shot.without_examples(records)
     prompts = [e.trunk for e in data.encode_all(records, tokenizer, room, "prompts")]
     return generate(model, prompts, tokenizer.ends, max_new_tokens, generator, z, **sampling)
 

@@ -4,7 +4,7 @@
     python train_btl.py --pref_data FILE[,FILE...] --init_from DIR --out_dir DIR
 
 Kobalczyk et al. 2024, arXiv:2412.13998. On files an answer is seen through the outputs of a frozen
-model; `evaluate.py --ckpt OUT_DIR --context N` then measures it.
+model; `evaluate.py --ckpt OUT_DIR --pref_data FILE --context N` then measures it.
 """
 
 import dataclasses
@@ -226,6 +226,7 @@ def on_files(options, folder, device):
         records = data.read_records(options.pref_data)
     base, tokenizer = load_start(options.init_from, device)
     features = Features(for_inference(base), tokenizer)
+    few_shot.say_stated(records)
     users = choices_by_user(records, features)
     again = len(records) - sum(map(len, users))
     if again:

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Options:
     label_smoothing: float = 0.0  # e turns a label's probability p into (1 - e) p + e (1 - p)
     epochs: float = 4.0  # passes over the data
     max_steps: int = 0  # stop after this many steps instead; 0: as many as the epochs take
-    batch_size: int = 24  # pairs a step; even keeps flips whole where all rows are in one
+    batch_size: int = 24  # pairs a step; an even number splits no flip where each row is in one
     micro_tokens: int = 4096  # tree tokens of one forward pass; changes memory, not the result
     learning_rate: float = 2e-3  # peak
     warmup_steps: int = 30  # linear, before the cosine to a fiftieth of the peak
@@ -58,7 +59,7 @@ class Options:
     eval_pairs: int = 40  # how many pairs of each evaluation set that is
     save_every: int = 100  # steps between checkpoints to resume from
     log_every: int = 10  # steps between printed lines; log.jsonl has every step
-    seed: int = 0  # of the data order
+    seed: int = 0  # of data order, contexts, new adapters and latent
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: str = "auto"  # auto, bf16, fp16, fp32
 
@@ -120,9 +121,9 @@ class Watch:
     """A fixed part of each evaluation set, scored again and again while the policy trains."""
 
     def __init__(self, datasets, n_pairs, reference, tokenizer, micro_tokens, latent):
-        self.micro_tokens, self.latent, self.sets = micro_tokens, latent, []
+        self.micro_tokens, self.sets = micro_tokens, []
         for name, records in datasets:
-            read = [few_shot.without_examples(r) for r in records] if latent else records
+            read = few_shot.without_examples(records) if latent else records
             # All of them, so that what does not fit is known before training.
             size = reference.config.block_size
             shown, alone = evaluate.encode_both(read, tokenizer, size, name)
@@ -130,13 +131,11 @@ class Watch:
             alone = evaluate.pair_logps_once(reference, alone, micro_tokens)
             self.sets.append((name, records, shown, alone, evaluate.find_flips(records)))
 
-    @torch.no_grad()
     def look(self, policy):
         """Accuracy and flip accuracy by dataset, accuracy by axis on rows that differ in one."""
         result, axes = {}, {}
         for name, records, shown, alone, flips in self.sets:
-            z = few_shot.latents(policy, records) if self.latent else None
-            logps = evaluate.pair_logps(policy, shown, self.micro_tokens, z=z)
+            logps = evaluate.steered_logps(policy, records, shown, self.micro_tokens)
             # What stands in for policy_alone and reference does not enter these two metrics.
             found = evaluate.steerability(logps, alone, logps, alone, flips)
             result[name] = {metric: float(found[metric][1].mean())
@@ -189,6 +188,11 @@ def main(options):
         records = data.read_records(options.pref_data)
     eval_data = options.eval_data or (options.pref_data if in_world else "")
     held_out = evaluate.load_preferences(eval_data) if eval_data else []
+    trained = {json.dumps(record["prompt"]) for record in records}
+    for name, rows in held_out:
+        known = sum(json.dumps(row["prompt"]) in trained for row in rows)
+        if known:
+            print(f"{name}: {known} of {len(rows)} rows ask what training asks too")
     if options.blank_meta_prompt:
         records = [data.without_meta_prompt(record) for record in records]
     order = common.DataOrder(
@@ -223,7 +227,7 @@ def main(options):
     spread = distributed.spread(policy, options.fsdp, device)
     block_size = min(options.block_size or policy.config.block_size, policy.config.block_size)
     examples = data.encode_all(
-        [few_shot.without_examples(r) for r in records] if options.latent else records,
+        few_shot.without_examples(records) if options.latent else records,
         tokenizer, block_size, options.pref_data,
     )  # fmt: skip
     e = options.label_smoothing

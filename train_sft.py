@@ -49,7 +49,7 @@ class Options:
     clip: float = 1.0  # largest gradient norm
     save_every: int = 100  # steps between checkpoints to resume from
     log_every: int = 10  # steps between printed lines; log.jsonl has every step
-    seed: int = 0  # of initialisation and data order
+    seed: int = 0  # of initialisation, data order and contexts
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: str = "auto"  # auto, bf16, fp16, fp32
 
@@ -163,9 +163,8 @@ def main(options):
         )
         grad_norm = common.update(model, optimizer, scaler, options.clip, rate)
 
-        n_tokens = sum(map(data.tree_size, batch))
         fields = {"step": step + 1, "loss": mean_loss, "grad_norm": grad_norm,
-                  "learning_rate": rate, "tokens": n_tokens}
+                  "learning_rate": rate, "tokens": sum(map(data.tree_size, batch))}
         common.log_step(log, bar, fields, start, options.log_every)
     bar.close()
 

@@ -263,6 +263,7 @@ def test_what_was_cut_is_printed(byte_tokenizer, capsys):
     encode_all(rows, byte_tokenizer, 40, "mine")
     assert capsys.readouterr().out == (
         "mine: cut 2 queries and 2 answers of 3 rows to fit 40 tokens\n"
+        "mine: 1 pairs have the same answer twice after that, and teach nothing\n"
     )
     encode_all(rows[2:], byte_tokenizer, 40, "mine")
     assert capsys.readouterr().out == ""
@@ -580,6 +581,17 @@ def test_a_bom_before_a_blank_line_is_no_error(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf\r\n" + json.dumps(SIMPLE).encode())
     [(_, records)] = data.read_preferences(str(path))
     assert [shown(r) for r in records] == [SIMPLE]
+
+
+@pytest.mark.parametrize("wrap", [str, lambda text: [{"role": "assistant", "content": text}]])
+def test_answers_keep_their_outer_white_space(read, wrap):
+    """Chosen and rejected alike: what stood in one alone would tell them apart."""
+    text, other = "\n Yes. ", " No.\n"
+    prompt = SIMPLE["prompt"] if wrap is str else [{"role": "user", "content": "Tea?"}]
+    row = SIMPLE | {"prompt": prompt}
+    [one] = read(row | {"chosen": wrap(text), "rejected": wrap(other)})
+    [two] = read(row | {"chosen": wrap(other), "rejected": wrap(text)})
+    assert (one["chosen"], one["rejected"]) == (two["rejected"], two["chosen"]) == (text, other)
 
 
 def test_identical_answers_are_skipped_and_counted(read, capsys):

@@ -18,6 +18,7 @@ import plot
 import sample
 import train_btl
 import train_dpo
+import train_sft
 import world
 from common import UserError
 from model import AdaptersOff, Encoder, add_latent, answer_logps, generate, pack
@@ -179,6 +180,9 @@ def test_random_contexts_have_every_size_and_are_drawn_anew():
 def test_a_row_without_a_user_is_named():
     row = {"prompt": "a", "chosen": "b", "rejected": "c", "where": "x.jsonl:7"}
     with pytest.raises(UserError, match=r"x.jsonl:7: field 'user': missing"):
+        few_shot.Contexts([row])
+    del row["where"]
+    with pytest.raises(UserError, match=r"built-in data \(--context needs `users`\)"):
         few_shot.Contexts([row])
 
 
@@ -408,6 +412,17 @@ def test_a_reward_model_needs_users_with_two_choices(users, write_rows, command)
         assert status == 2 and named in err and not Path("out/r").exists()
 
 
+def test_a_reward_model_says_that_it_does_not_read_preferences(users, write_rows, command):
+    write_rows("stated.jsonl", *[row | {"preference": "Be brief."} for row in user_rows()])
+    for path, said in (("stated.jsonl", True), ("users.jsonl", False)):
+        status, out, err = command(
+            train_btl, "--pref_data", path, "--init_from", "tiny", "--out_dir", "out/r",
+            "--device", "cpu", "--steps", "1", "--overwrite",
+        )  # fmt: skip
+        assert status == 0, err
+        assert ("made under a system message or preference" in out) is said
+
+
 def test_a_reward_model_of_files_is_evaluated_like_the_others(users, command, monkeypatch):
     run_btl = ("--pref_data", "users.jsonl", "--init_from", "tiny", "--out_dir", "out/r",
                "--device", "cpu", "--steps", "150", "--context", "3", "--targets", "3")
@@ -603,12 +618,15 @@ def test_sample_reads_examples_as_the_checkpoint_was_trained(users, latent, comm
     ({"context": 2, "blank_meta_prompt": True}, "exclude each other"),
     ({"init_from": "latent"}, "has a latent"),
 ])  # fmt: skip
-def test_what_cannot_be_is_named(users, options, named):
+def test_what_cannot_be_is_named(users, options, named, command):
     if options.get("init_from"):
         dpo("latent", **LATENT)
     with pytest.raises(UserError, match=named):
         dpo("out/a", **options)
     if "init_from" in options:
+        status, _, err = command(evaluate, "--ckpt", "tiny", "--pref_data", "users.jsonl",
+                                 "--reference", "latent")  # fmt: skip
+        assert status == 2 and "--reference latent: has a latent" in err
         with pytest.raises(UserError, match=named):
             sft("out/a", init_from="latent")
 
@@ -626,6 +644,35 @@ def test_evaluate_names_what_is_wrong_with_a_context(users, arguments, named, co
 
 
 # ---------------------------------------------------------------- the world's users
+
+
+def test_the_commands_on_the_worlds_users_in_miniature(workplace, monkeypatch, command):
+    """README's, with fewer rows and steps."""
+    for name, n in (("TRAIN_COUPLES", 1), ("TRAIN_PAIRS", 40), ("SFT_USERS", 2), ("SFT_ROWS", 50),
+                    ("EVAL_COUPLES", 1)):  # fmt: skip
+        monkeypatch.setattr(world, name, n)
+    start, users = ("--init_from", "out/sft"), ("--pref_data", "users")
+    few = ("--device", "cpu", "--batch_size", "20", "--epochs", "1")
+    for arguments in (
+        (train_sft, "--out_dir", "out/sft", "--block_size", "4096", *few),
+        (train_dpo, *start, *users, "--context", "3", "--latent", "4", "--out_dir", "out/np", *few),
+        (train_dpo, *start, "--pref_data", "told", "--out_dir", "out/told", *few),
+        (train_sft, *start, "--data", "users", "--context", "3", "--out_dir", "out/text", *few),
+        (train_btl, *start, *users, "--context", "3", "--targets", "2", "--latent", "4",
+         "--steps", "2", "--out_dir", "out/btl", "--device", "cpu"),
+        *((evaluate, "--ckpt", f"out/{name}", *users, "--context", "0", "3", "--device", "cpu",
+           "--max_new_tokens", "3") for name in ("np", "text", "btl")),
+    ):  # fmt: skip
+        status, out, err = command(*arguments)
+        assert status == 0, (arguments, err)
+    for name in ("np", "text", "btl"):
+        results = json.loads(Path(f"out/{name}/eval.json").read_text())["results"]
+        assert list(results) == ["users, N=0", "users, N=3"]
+        for entry in results.values():
+            assert entry["pairs"] == 40 and entry["flips"] == 20
+            assert (entry.get("generated_axes_right") is None) == (name == "btl")
+    results = json.loads(Path("out/told/eval.json").read_text())["results"]
+    assert results["told"]["generated_axes_right"] is not None
 
 
 @pytest.mark.parametrize("evaluation", [False, True])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ import train_dpo
 import train_sft
 import world
 from common import UserError
-from model import ModelConfig, adapt, from_weights, generate, pack
+from model import ModelConfig, adapt, from_weights, generate, pack, rope_frequencies
 from test_data import STRANGE_TEXTS
 from tiny import (
     DPO,
@@ -96,12 +97,30 @@ def test_logits_and_greedy_answers_equal_theirs(name, tmp_path):
     assert_same_model(theirs, ours(tmp_path))
 
 
+@pytest.mark.parametrize("theta", [77.0, 1e4, 1e5, 5e5, 1e6])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_rope_frequencies_equal_theirs_to_the_last_bit(theta, size):
+    """Far into a long context a last bit of these is a different angle."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(head_dim=size, rope_theta=theta)
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).inv_freq
+    config = SimpleNamespace(head_size=size, rope_theta=theta, rope_scaling=None)
+    assert torch.equal(rope_frequencies(config), theirs)
+
+
 def test_weights_in_several_files(tmp_path):
     theirs = their_model("llama")
     theirs.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     assert not (tmp_path / "model.safetensors").exists()
     assert_same_model(theirs, ours(tmp_path), 5)
+    before = sample.weights_hash(tmp_path)
+    for path in tmp_path.glob("*.safetensors"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert sample.weights_hash(tmp_path) != before, path
+        path.write_bytes(whole)
+    assert sample.weights_hash(tmp_path) == before
 
 
 def test_weights_in_bfloat16(tmp_path):

@@ -476,6 +476,9 @@ def test_sentence_piece_answers_are_those_of_the_whole_conversation(
         ids = theirs.apply_chat_template(turns, tokenize=True, return_dict=False)
         answer = [*ours.encode_answer(text), ours.end]
         assert ids[: len(prompt + answer)] == prompt + answer, (text, ours.pieces(ids))
+    row = {"prompt": "What?", "chosen": "the theatre", "rejected": "What is this?"}
+    both = [[*ours.encode_answer(text), ours.end] for text in ("the theatre", "What is this?")]
+    assert data.encode(row, ours, 64).answers == both
     assert ours.encode_answer("a</s>") == ours.encode("a</s>")  # what spells a special token
 
 
@@ -648,6 +651,8 @@ def test_the_template_goes_before_the_numbers(write_folder):
     (folder / "config.json").write_text(json.dumps({"bos_token_id": 259, "eos_token_id": 256}))
     ours = HfTokenizer.load(folder)
     assert (ours.end, ours.ends) == (258, [258, 256])
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert data.encode(row, ours, 64).answers == [[*ours.encode(text), 258] for text in "bc"]
     assert ours.decode(ours.render({"prompt": "a"})).endswith("<|im_start|>assistant\n")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 260]}))
     assert HfTokenizer.load(folder).ends == [258, 260]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import UserError
-from evaluate import find_flips, mean_and_interval, steerability
+from evaluate import find_flips, mean_and_interval, steerability, summarize
 from train_dpo import check_first_step, dpo_loss
 
 
@@ -116,6 +116,11 @@ def test_first_step_check():
     for wrong in (off, -off, torch.full((4,), math.nan)):
         with pytest.raises(UserError, match="reference is not the starting model"):
             check_first_step(losses, wrong, lengths, 0.1, "fp32")
+    for precision in ("bf16", "fp16"):  # 0.1 and 0.05 nats a token, at random: 9 are 3 times one
+        limit = 0.1 * 3 * {"bf16": 0.1, "fp16": 0.05}[precision]
+        check_first_step(losses, off * 99 * limit, lengths, 0.1, precision)
+        with pytest.raises(UserError, match="reference is not the starting model"):
+            check_first_step(losses, off * 101 * limit, lengths, 0.1, precision)
 
 
 # ---------------------------------------------------------------- steerability
@@ -174,6 +179,19 @@ def test_policy_that_ignores_the_meta_prompt():
     assert found["accuracy_no_preference"][1].mean() == 0.5
     assert found["accuracy"][1].mean() == found["accuracy_opposite_preference"][1].mean()
     assert found["accuracy"][1].sum() == 39  # half of all, but for the tie
+
+
+def test_accuracy_by_preference_and_by_dataset():
+    scores, nothing = with_margins([1.0, -1.0, 1.0, 1.0, -1.0]), with_margins([0.0] * 5)
+    records = [row(f"q{i}", "a", "b") | {"meta": {"preference_name": name, "dataset": source}}
+               for i, (name, source) in enumerate(["ax", "by", "ay", "bx", "bx"])]
+    found = steerability(scores, nothing, nothing, nothing, [])
+    del records[4]["meta"]["preference_name"]
+    summary = summarize(found, records, [])
+    assert summary["by_preference_name"] == {"a": {"pairs": 2, "accuracy": 1.0},
+                                             "b": {"pairs": 2, "accuracy": 0.5}}
+    assert summary["by_dataset"] == {"x": {"pairs": 3, "accuracy": 0.6667},
+                                     "y": {"pairs": 2, "accuracy": 0.5}}
 
 
 def test_policy_that_always_obeys():

@@ -230,6 +230,17 @@ def test_bfloat16_logits_cost_little_of_log_p():
     assert (found - exact).mean().abs() < 0.0003  # no bias that a sum over tokens would gather
 
 
+def test_bfloat16_logits_cost_little_of_the_gradient():
+    """Of log p with respect to the outputs, against float64; the softmax is in float32."""
+    generator = torch.Generator().manual_seed(0)
+    outputs, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (300, 2000))
+    targets = torch.randint(2000, (300,), generator=generator)
+    x, y = outputs.double().requires_grad_(), outputs.float().requires_grad_()
+    (x @ weight.double().t()).log_softmax(1)[range(300), targets].sum().backward()
+    TokenLogps.apply(y, weight.float(), targets, 100, torch.bfloat16).sum().backward()
+    assert (y.grad - x.grad).norm() < 0.015 * x.grad.norm()  # 0.03 if the softmax were in bfloat16
+
+
 def test_logits_are_float32_under_bfloat16_autocast():
     model = new_model()
     outputs = torch.randn(5, CONFIG.n_embd, generator=torch.Generator().manual_seed(0))
@@ -542,6 +553,18 @@ def test_cached_generation_equals_uncached(captured, monkeypatch):
         lengths.add(len({len(tokens) for tokens in expected}))
     assert max(lengths) > 2  # one batch finished at three different steps or more
     assert 1 < max(counts) <= 3 if captured else counts == {0}  # of six sequences, three, one
+
+
+def test_cached_generation_in_bfloat16():
+    """It rounds otherwise than a pass over the whole: each token is nearly the likeliest there."""
+    model, rng = new_model(), random.Random(3)
+    prompts = [draw(rng, n) for n in (1, 17, 4, 9)]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for prompt, answer in zip(prompts, generate(model, prompts, (), 15), strict=True):
+            whole = prompt + answer
+            logits = model.logits(model(pack([(whole[:-1], [])])))[len(prompt) - 1 :]
+            chosen = logits[range(15), answer]
+            assert (logits.amax(1) - chosen).max() < 0.05 * logits.std()
 
 
 def test_nothing_is_captured_where_processes_talk_to_each_other(monkeypatch):

@@ -57,14 +57,19 @@ def persona_rows(split):
 
 
 @pytest.fixture
-def prepared(tmp_path):
+def source(tmp_path):
     for name in ("polite", "concise", "personas"):
         for split in ("train", "val"):
             rows = persona_rows(split) if name == "personas" else worded_rows(name, split)
             path = tmp_path / name / f"{split}.jsonl"
             path.parent.mkdir(exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return real.prepare(real.Options(data=str(tmp_path), concise_pairs=5, personas_pairs=7))
+    return tmp_path
+
+
+@pytest.fixture
+def prepared(source):
+    return real.prepare(real.Options(data=str(source), concise_pairs=5, personas_pairs=7))
 
 
 def test_held_out_wordings_personas_and_prompts_are_not_in_training(prepared):
@@ -192,6 +197,21 @@ def test_the_length_rule_by_hand():
             rows.append({"prompt": str(i), "chosen": chosen, "rejected": rejected,
                          "meta": {"preference_name": name, "dataset": "x" if i else "y"}})
     assert real.length_rule(rows) == {"all": (2.5, 4), "x": (1.5, 3), "y": (1, 1)}
+
+
+def test_the_files_are_written_and_read_as_preference_data(source, prepared, command):
+    """python real.py --data DIR, then what train_dpo.py and evaluate.py read."""
+    status, out, err = command(real, "--data", source, "--concise_pairs", "5",
+                               "--personas_pairs", "7", "--out_dir", "out/real")  # fmt: skip
+    assert status == 0, err
+    for name, rows in prepared.items():
+        path = source / f"out/real/{name}.jsonl"
+        assert f"wrote out/real/{name}.jsonl: {len(rows)} rows" in out
+        [(_, found)] = real.data.read_preferences(str(path))
+        for row, wanted in zip(found, rows, strict=True):
+            assert all(row[field] == wanted[field]
+                       for field in ("preference", "prompt", "chosen", "rejected", "meta"))
+        assert (f"  {name:<24} all" in out) == (name != "train")
 
 
 def test_answers_under_opposite_preferences_and_their_lengths(

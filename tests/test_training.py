@@ -478,7 +478,7 @@ def test_evaluation_does_not_change_training(keep_ckpt):
         "never": {}, "rarely": {"eval_data": "pairs.jsonl", "eval_every": 100},
         "often": {"eval_data": "pairs.jsonl", "eval_every": 1, "eval_pairs": 3},
     }.items():  # fmt: skip
-        dpo(f"out/{name}", max_steps=5, save_every=2, **options)
+        dpo(f"out/{name}", max_steps=5, save_every=2, seed=3, **options)
         assert same(weights(f"out/{name}"), weights("out/never"))
         states = [weights(f"out/{run}", "last.pt")["random_state"] for run in (name, "never")]
         assert torch.equal(*states)
@@ -564,6 +564,14 @@ def test_wrong_reference_stops_the_run():
     assert not Path("out/second/model.pt").exists()
 
 
+def test_adapters_are_off_in_evaluation_mode(passes):
+    """With LoRA policy and reference are one model, which learns in training mode."""
+    lora("out/a", max_steps=3, eval_data="pairs.jsonl", eval_every=1)
+    assert {(training, gradient) for training, gradient, _ in passes} == {
+        (False, False), (True, True),
+    }  # fmt: skip
+
+
 def test_reference_stays_frozen_and_in_evaluation_mode(monkeypatch, passes):
     models = []
 
@@ -610,6 +618,33 @@ def test_static_control_sees_no_meta_prompt(passes):
     passes.clear()
     run(evaluate, ckpt="out/hidden", pref_data="pairs.jsonl")
     assert marks_seen() == marks  # the control is evaluated with the meta-prompt shown
+
+
+def test_static_control_is_trained_as_much(gradients, monkeypatch):
+    """The same pairs in each step, at the same learning rates."""
+    answers, answer_logps = [], train_dpo.answer_logps
+
+    def watched(model, trees):
+        answers.append((len(gradients), tuple(trees.targets.tolist())))  # of which step
+        return answer_logps(model, trees)
+
+    monkeypatch.setattr(train_dpo, "answer_logps", watched)
+    found = []
+    for name in ("shown", "hidden"):
+        dpo(f"out/{name}", epochs=2.0, micro_tokens=1, blank_meta_prompt=name == "hidden")
+        rates = [row["learning_rate"] for row in read_log(f"out/{name}")]
+        found.append((sorted(answers), rates))
+        answers.clear(), gradients.clear()
+    assert found[0] == found[1] and len(found[0][0]) == 28
+
+
+def test_a_held_out_set_that_shares_prompts_is_told(write_rows, capsys):
+    new = [row | {"prompt": f"{row['prompt']} Really?"} for row in pairs()[:2]]
+    for rows, said in ((pairs()[:4] + new, "held: 4 of 6 rows ask what training asks"), (new, "")):
+        path = write_rows("held.jsonl", *rows)
+        dpo("out/a", max_steps=1, eval_data=path, overwrite=True)
+        out = capsys.readouterr().out
+        assert said in out and ("ask what training asks" in out) == bool(said)
 
 
 def test_label_prob_of_the_rows_is_used(write_rows):

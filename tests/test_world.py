@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import world
-from evaluate import find_flips
+from evaluate import find_flips, load_preferences
 
 SPLITS = tuple(world.SPLITS)
 VALUES = [value for values in world.AXES.values() for value in values]
@@ -122,6 +122,17 @@ def test_no_evaluation_question_occurs_in_training():
     new = {row["prompt"] for row in evaluation()}
     assert not known & new
     assert not set(map(task_and_topic, known)) & set(map(task_and_topic, new))
+
+
+@pytest.mark.parametrize("name", world.DATA)
+def test_what_scripts_evaluate_asks_nothing_that_they_train_on(name):
+    """By the names that scripts know the data by."""
+    makers = [world.DATA[name][0], *world.SFT_DATA.values()]
+    known = {row["prompt"] for make in makers for row in make()}
+    sets = load_preferences(name)
+    assert [split for split, _ in sets] == (list(SPLITS) if name == "world" else [name])
+    for _, rows in sets:
+        assert rows and not known & {row["prompt"] for row in rows}
 
 
 def test_every_task_and_topic_of_evaluation_is_known_from_training():
