@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import sys
@@ -82,14 +83,20 @@ def call(function, arguments, pipe):
         with open(os.devnull, "w") as f, contextlib.redirect_stdout(f), \
                 contextlib.redirect_stderr(f):  # fmt: skip
             found = function(*arguments)
-        unit = 1 if sys.platform == "darwin" else 2**10
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = peak_memory()
         if torch.cuda.is_available():
             on_cards = map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))
             peak = max(on_cards) or peak
         pipe.send(found | {"peak_gib": peak / 2**30})
     except BaseException as error:
         pipe.send(str(error) if isinstance(error, UserError) else traceback.format_exc())
+
+
+def peak_memory():
+    """Bytes; on Linux from /proc, as getrusage there counts what the parent had before."""
+    if sys.platform == "linux":
+        return 2**10 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (2**10, 1)[sys.platform == "darwin"]
 
 
 def in_process(function, *arguments):
@@ -252,7 +259,7 @@ def encoded_rows(job):
 
 
 def operations(job):
-    """{"tokens", "steps", "matmul_peak"}: tree tokens and operations in products of an epoch.
+    """{"tokens", "operations", "matmul_peak"}: tree tokens and operations in products of an epoch.
 
     Two for each weight and token forward, four more backward; blocks run for every tree token, the
     head for every learned one. Frozen weights need no gradient of their own, so LoRA takes four.
@@ -267,8 +274,8 @@ def operations(job):
     learned = sum(len(answer) for i in order for answer in examples[i].answers)
     once = blocks * tokens + head * learned
     peak = matmul_peak(job.device, job.precision)
-    steps = (4 if job.lora_rank else 6) * once
-    return {"tokens": tokens, "steps": steps, "matmul_peak": peak}
+    each = 4 if job.lora_rank else 6
+    return {"tokens": tokens, "operations": each * once, "matmul_peak": peak}
 
 
 def train(options, device, precision):
@@ -296,7 +303,7 @@ def train(options, device, precision):
     ours, peak = result["nanoAlign"], needed["matmul_peak"]
     result["matmul_gflops"] = peak / 1e9
     result |= {f"time_in_{name}": share for name, share in shares.items() if name != "peak_gib"}
-    result["share_of_peak_in_steps"] = needed["steps"] / ours["step_seconds"] / peak
+    result["share_of_peak_in_steps"] = needed["operations"] / ours["step_seconds"] / peak
     if options.vs:
         theirs = min((result[f"TRL by {n}"] for n in cuts), key=lambda side: side["seconds"])
         result["pairs_per_second_ratio"] = theirs["seconds"] / ours["seconds"]
@@ -510,6 +517,7 @@ def write_pairs(path, n):
 
 def one_step(job, checkpointing):
     os.chdir(job.folder)
+    shutil.rmtree("out", ignore_errors=True)  # no reference from another way of training
     options = {"max_steps": 1, "activation_checkpointing": checkpointing}
     train_dpo.main(dataclasses.replace(job.dpo_options, **options))
     return {}
@@ -563,8 +571,8 @@ def main(options):
         card = cards.split(",")[device.index] if cards else str(device.index)
         os.environ["CUDA_VISIBLE_DEVICES"] = card
         device = torch.device("cuda:0")
-    needed = {"memory": (), "prefix": ("init_from",)}.get(options.what, ("init_from", "pref_data"))
-    for name in needed:
+    required = {"memory": (), "prefix": ("init_from",)}
+    for name in required.get(options.what, ("init_from", "pref_data")):
         if not getattr(options, name):
             raise UserError(f"--{name} is required")
     conditions = {"options": asdict(options), "precision": precision}

@@ -6,6 +6,7 @@ As a script it shows records as the model sees them, with the learned tokens mar
 """
 
 import base64
+import contextlib
 import gzip
 import itertools
 import json
@@ -187,7 +188,7 @@ def read_preferences(names):
                     records.append(pair_record(fields, line))
                 elif "completions" in fields:
                     ignored.update(fields.keys() - {"instruction", "completions"})
-                    records += rated_pairs(*ultrafeedback(fields, line), line)
+                    records += ultrafeedback(fields, line)
                 elif "response" in fields:
                     ignored.update(fields.keys() - {"prompt", "response", *ASPECTS})
                     prompt, response, scores = helpsteer(fields, line)
@@ -249,7 +250,7 @@ def read_responses(names):
         ignored, unusable = set(), []
         for line, fields in read_lines(path):
             if "completions" in fields and "chosen" not in fields:
-                records += rated_pairs(*ultrafeedback(fields, line), line)
+                records += ultrafeedback(fields, line)
                 ignored.update(fields.keys() - {"instruction", "completions"})
                 continue
             if "output" in fields and not fields.keys() & {"response", "chosen"}:
@@ -381,6 +382,8 @@ def with_prompt(fields, line):
         else transcript(text_field(fields.get(field), field, line), field, line)
         for field in ("chosen", "rejected")
     )
+    if not chosen[:-1] and not rejected[:-1]:
+        raise UserError(f"{line}: field 'prompt': missing")
     if chosen[:-1] != rejected[:-1]:
         if isinstance(fields["chosen"], str):
             raise Unusable
@@ -489,7 +492,7 @@ def transcript(text, field, line):
 
 
 def ultrafeedback(fields, line):
-    """(prompt, [(response, {aspect: score}), ...]) of an UltraFeedback row."""
+    """The pairs of an UltraFeedback row."""
     prompt = text_field(fields.get("instruction"), "instruction", line)
     completions = fields["completions"]
     if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
@@ -506,7 +509,7 @@ def ultrafeedback(fields, line):
             if rating not in (None, "N/A"):
                 scores[aspect] = score(rating, f"completions[{i}].annotations.{aspect}", line)
         rated.append((response, scores))
-    return prompt, rated
+    return rated_pairs(prompt, rated, line)
 
 
 def helpsteer(fields, line):
@@ -582,8 +585,9 @@ def encode(record, tokenizer, block_size, structure=0):
     """
     where, turns = record.get("where", "this prompt"), prompt_turns(record)
     texts = [record[f] for f in ("chosen", "rejected", "response") if f in record]
-    contents = [tokenizer.encode(turn["content"]) for turn in turns]
-    answers = [tokenizer.encode_answer(text) + [tokenizer.end] for text in texts]
+    with placed(record):
+        contents = [tokenizer.encode(turn["content"]) for turn in turns]
+        answers = [tokenizer.encode_answer(text) + [tokenizer.end] for text in texts]
     structure = max(structure, structure_size(record, tokenizer))
 
     room = block_size - structure  # for contents and the longest answer
@@ -611,8 +615,15 @@ def structure_size(record, tokenizer):
 
     Raises UserError where a chat template does not take these turns.
     """
-    try:
+    with placed(record):
         return len(tokenizer.render(record, [[] for _ in prompt_turns(record)]))
+
+
+@contextlib.contextmanager
+def placed(record):
+    """Put a record's place before what its tokenizer or template refuses."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{record.get('where', 'this prompt')}: {error}") from None
 

@@ -50,7 +50,7 @@ def read_config(path):
     layers = asked.get("layer_types") or []
     if not isinstance(layers, list):
         refuse("layer_types", "must be a list")
-    windowed = asked.get("use_sliding_window", family == "mistral")
+    windowed = family == "mistral" or asked.get("use_sliding_window")
     if windowed and family != "mistral":
         full_layers = asked.get("max_window_layers", 28)
         if not isinstance(full_layers, int):
@@ -224,12 +224,11 @@ def find(name):
     folder = Path(name)
     if folder.is_dir():
         return folder
-    on_hub = re.fullmatch(r"(?!out/)[\w-][\w.-]*/[\w.-]+", str(name))
-    if on_hub and folder.parent.is_dir():
+    if not re.fullmatch(r"(?!out/)[\w-][\w.-]*/[\w.-]+", str(name)):
+        raise UserError(f"{name}: no such checkpoint folder")
+    if folder.parent.is_dir():
         raise UserError(f"{name}: no such checkpoint folder, and not looked for on the hub, since "
                         f"there is a folder {folder.parent} here")
-    if not on_hub:
-        raise UserError(f"{name}: no such checkpoint folder")
     return from_hub(str(name))
 
 
@@ -296,6 +295,7 @@ def export(folder, model, tokenizer):
     else:
         save_native_tokenizer(folder, tokenizer, model.config.block_size)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # Not the original's settings of sampling, which were for other weights.
     common.save_json(folder / "generation_config.json", ids)
     common.save_json(folder / "config.json", config)
     print(f"wrote {folder} (for transformers and what reads its folders)")

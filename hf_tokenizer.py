@@ -325,7 +325,7 @@ def compile_template(source):
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.globals["strftime_now"] = datetime.now().strftime
     return environment.from_string(source)
 
 
@@ -459,8 +459,9 @@ class HfTokenizer:
 
         `model_ends`: ids at which the model stops too.
         """
-        items = self.split(self.fill(("user", "assistant"), False, False))
-        after = self.special_only(items[items.index(chr(ord(META) + 2)) :])
+        whole = self.fill(("user", "assistant"), False, False)
+        answered, _, behind = whole.partition(chr(ord(META) + 2))
+        after = self.special_only(self.split(behind))
         eos = self.added.get(self.variables.get("eos_token"), {}).get("id")
         self.ends = after[:1] or [eos] * (eos is not None)
         self.ends += [token for token in model_ends if token not in self.ends]
@@ -470,13 +471,12 @@ class HfTokenizer:
                             "with a special token")
         self.end = self.ends[0]
         asked = self.fill(("user",), False, True)
-        answered = self.fill(("user", "assistant"), False, False).split(chr(ord(META) + 2))[0]
         self.tail = SENTINEL.split(asked)[-1]
         lead = answered.removeprefix(asked)
         self.lead = lead if lead.isspace() else ""  # Llama 2 has a space there
+        self.takes_system = True
         try:
             self.fill(("user",), True, True)
-            self.takes_system = True
         except UserError:
             self.takes_system = False
             say_once(f"{self.folder}: the chat template takes no system turn: "
@@ -493,13 +493,21 @@ class HfTokenizer:
     def rendered(self, **about):
         return self.template.render(**about, tools=None, documents=None, **self.variables)
 
-    def fill(self, roles, with_system, with_answer):
+    def messages(self, turns, meta):
+        """The turns with the meta-prompt: the system turn or, if none can be, before a query."""
+        if not meta or self.takes_system:
+            return [{"role": "system", "content": meta}] * bool(meta) + turns
+        first = [turn["role"] for turn in turns].index("user")
+        query = turns[first] | {"content": f"{meta}\n\n{turns[first]['content']}"}
+        return [*turns[:first], query, *turns[first + 1 :]]
+
+    def fill(self, roles, with_meta, with_answer):
         """The template's text for some turns, with a sentinel for each content."""
-        turns = by_sentinel(["system", *roles]).items()
-        messages = [{"role": role, "content": sentinel} for sentinel, role in turns]
-        messages = messages if with_system else messages[1:]
+        turns = [{"role": role, "content": sentinel}
+                 for sentinel, role in by_sentinel(roles, 1).items()]  # fmt: skip
+        messages = self.messages(turns, META * with_meta)
         text = self.attempt(self.rendered, messages=messages, add_generation_prompt=with_answer)
-        if sorted(SENTINEL.findall(text)) != [message["content"] for message in messages]:
+        if sorted(SENTINEL.findall(text)) != [*META * with_meta, *by_sentinel(roles, 1)]:
             raise UserError(f"{self.template_path}: field 'chat_template': does not show each of "
                             f"the turns {', '.join(m['role'] for m in messages)} once")
         return text
@@ -517,10 +525,7 @@ class HfTokenizer:
         """The template's text for such a conversation and its `split`, cached."""
         key = roles, with_meta
         if key not in self.skeletons:
-            text = self.fill(roles, with_meta and self.takes_system, True)
-            if with_meta and not self.takes_system:
-                query = chr(ord(META) + 1 + roles.index("user"))
-                text = text.replace(query, f"{META}\n\n{query}")
+            text = self.fill(roles, with_meta, True)
             self.skeletons[key] = text, self.split(text)
         return self.skeletons[key]
 
@@ -534,10 +539,11 @@ class HfTokenizer:
         text, items = self.skeleton(tuple(turn["role"] for turn in turns), bool(texts[META]))
         if contents is None:
             whole = SENTINEL.sub(lambda match: texts[match[0]], text)
-            self.compare(whole, texts[META], turns)
+            self.compare(whole, self.messages(turns, texts[META]))
             if isinstance(self.model, Library):
-                if self.special_only(self.split(whole)) == self.special_only(items):
-                    return self.model.encode(whole, with_special=True)
+                ids = self.encode_whole(whole, text)
+                if ids is not None:
+                    return ids
         given, ids, stretch = by_sentinel(contents or (), 1), [], ""
         for item in items:
             if isinstance(item, str) and item not in given:
@@ -547,13 +553,8 @@ class HfTokenizer:
                 stretch = ""
         return ids + self.encode(stretch)
 
-    def compare(self, whole, meta, turns):
+    def compare(self, whole, messages):
         """Say so once where the template would change what the prompt says, or refuse it."""
-        messages = [{"role": "system", "content": meta}] * bool(meta) + turns
-        if meta and not self.takes_system:
-            first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
-            messages = list(turns)
-            messages[first] = turns[first] | {"content": f"{meta}\n\n{turns[first]['content']}"}
         try:
             theirs = self.attempt(self.rendered, messages=messages, add_generation_prompt=True)
         except UserError:
@@ -566,6 +567,16 @@ class HfTokenizer:
         """Ordinary text: what spells a special token is encoded as any other text."""
         return self.model.encode(text) if text else []
 
+    def encode_whole(self, text, bare):
+        """Ids of template and contents; None where contents give special ids that `bare` has not.
+
+        A normalizer can spell a special token too. What has no token is unknown, not special.
+        """
+        unknown = self.added.get(self.variables.get("unk_token"), {}).get("id")
+        both = [self.model.encode(x, with_special=True) for x in (text, bare)]
+        special = [[i for i in self.special_only(ids) if i != unknown] for ids in both]
+        return both[0] if special[0] == special[1] else None
+
     def encode_answer(self, text):
         """An answer as it is encoded behind the prompt.
 
@@ -573,10 +584,9 @@ class HfTokenizer:
         not depend on what follows, an answer begins as in the whole conversation instead.
         """
         if isinstance(self.model, Library):
-            whole = self.tail + self.lead + text
-            before, both = (self.model.encode(x, with_special=True) for x in (self.tail, whole))
-            special = self.special_only(self.split(self.tail))
-            if self.special_only(self.split(whole)) == special and both[: len(before)] == before:
+            before = self.model.encode(self.tail, with_special=True)
+            both = self.encode_whole(self.tail + self.lead + text, self.tail)
+            if both is not None and both[: len(before)] == before:
                 return both[len(before) :]
         return self.encode(text)
 

@@ -77,8 +77,8 @@ def read_answers(path, n_statements, people):
     found = np.array(found, dtype=float)
     unanswered = np.isnan(found).all(axis=0)
     if unanswered.any():
-        raise UserError(f"{path}: statement {unanswered.argmax()}: no person of training answers "
-                        "it")
+        raise UserError(f"{path}: statement {unanswered.argmax() + 1}: no person of training "
+                        "answers it")
     return found
 
 

@@ -60,18 +60,15 @@ UNSEEN_ROWS = 160  # held-out rows that are asked again under unseen wordings
 def read(folder, name, split):
     """Records of one file, whose meta must name the preference and, in WORDED, its wording."""
     records = data.read_records(str(Path(folder) / name / f"{split}.jsonl"))
-    needed = {"preference_name", "wording"} if name in WORDED else {"preference_name"}
+    known = {"preference_name": WORDED.get(name)}  # None: any text
+    known |= {"wording": tuple(HELD_OUT)} if name in WORDED else {}
     for record in records:
-        meta = record.get("meta", {})
-        for field in sorted(needed):
-            data.text_field(meta.get(field), f"meta.{field}", record["where"])
-        if "preference" not in record:
-            raise UserError(f"{record['where']}: field 'preference': missing")
-        if name in WORDED:
-            for field, known in (("preference_name", WORDED[name]), ("wording", tuple(HELD_OUT))):
-                if meta[field] not in known:
-                    raise UserError(f"{record['where']}: field 'meta.{field}': must be "
-                                    f"{' or '.join(known)}")
+        where, meta = record["where"], record.get("meta", {})
+        data.text_field(record.get("preference"), "preference", where)
+        for field, values in known.items():
+            value = data.text_field(meta.get(field), f"meta.{field}", where)
+            if values and value not in values:
+                raise UserError(f"{where}: field 'meta.{field}': must be {' or '.join(values)}")
     return records
 
 
@@ -116,8 +113,9 @@ def reworded(record, texts, kind, rng):
 
 
 def worded_sets(folder, name, rng):
-    """(function that rewords a training row, {evaluation set: rows}) of polite or concise."""
-    seen, unseen = wordings(read(folder, name, "train"), rng)
+    """(training rows, function that rewords one, {evaluation set: rows}) of polite or concise."""
+    train = read(folder, name, "train")
+    seen, unseen = wordings(train, rng)
     for side, kind in itertools.product(WORDED[name], HELD_OUT):
         if (side, kind) not in seen:
             raise UserError(f"{folder}/{name}/train.jsonl: no {kind} wording of {side}")
@@ -126,7 +124,7 @@ def worded_sets(folder, name, rng):
     for kind in HELD_OUT:
         again = [reworded(record, unseen, kind, rng) for record in held_out[:UNSEEN_ROWS]]
         sets[f"{name}-unseen-{kind}"] = again
-    return lambda record: reworded(record, seen, rng.choice(list(HELD_OUT)), rng), sets
+    return train, lambda row: reworded(row, seen, rng.choice(list(HELD_OUT)), rng), sets
 
 
 def characters(record):
@@ -159,10 +157,10 @@ def personas_sets(folder, rng):
 def prepare(options):
     """{file name: rows} of the training file and of every evaluation set."""
     seed, train = options.seed, []
-    again, polite = worded_sets(options.data, "polite", random.Random(seed))
-    train += map(again, read(options.data, "polite", "train") * options.polite_copies)
-    again, concise = worded_sets(options.data, "concise", random.Random(seed))
-    pairs = [pair for pair in flips(read(options.data, "concise", "train"))
+    rows, again, polite = worded_sets(options.data, "polite", random.Random(seed))
+    train += map(again, rows * options.polite_copies)
+    rows, again, concise = worded_sets(options.data, "concise", random.Random(seed))
+    pairs = [pair for pair in flips(rows)
              if max(map(characters, pair)) <= options.concise_size and all(map(obeyed, pair))]
     pairs = random.Random(seed).sample(pairs, min(options.concise_pairs, len(pairs)))
     for pair in pairs * options.concise_copies:

@@ -27,7 +27,7 @@ AXES = {
     "certainty": ("confident", "cautious"),
     "ending": ("question", "wish"),
 }
-# Two axes that no training preference mentions together; `unseen_combination` always does.
+# Pairs of axes that no training preference mentions together; `unseen_combination` has one.
 HELD_OUT_AXES = ({"length", "tone"}, {"format", "certainty"}, {"certainty", "ending"})
 
 SPLITS = {

@@ -3,11 +3,15 @@
 import json
 import os
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import bench
+import train_dpo
 from common import UserError
 from sample import load_checkpoint
 
@@ -43,7 +47,7 @@ def test_operations_are_counted_by_weight_and_token(workplace, monkeypatch):
     tokens = learned + sum(len(x.trunk) - 2 for x in examples)  # last tokens are only predicted
     for rank, each in ((0, 6), (2, 4)):
         found = bench.operations(bench.Job(".", "tiny", 2, rank, "cpu", "fp32"))
-        assert found["steps"] == each * (blocks * tokens + head * learned)
+        assert found["operations"] == each * (blocks * tokens + head * learned)
         assert found["tokens"] == tokens
 
 
@@ -70,6 +74,19 @@ def test_peers_get_as_many_kernels_as_onednn_keeps(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
     bench.as_torch_comes()
     assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ
+
+
+def test_peak_memory_is_not_that_of_the_parent():
+    np.ones(2**28)  # 2 GiB, and gone
+    assert 0.1 < bench.in_process(dict)["peak_gib"] < 1.5
+
+
+def test_memory_of_each_way_of_training_includes_the_reference(monkeypatch, workplace):
+    Path("out/cache").mkdir(parents=True)
+    seen = []
+    monkeypatch.setattr(train_dpo, "main", lambda options: seen.append(Path("out").exists()))
+    bench.one_step(SimpleNamespace(folder=".", dpo_options=train_dpo.Options()), False)
+    assert seen == [False]
 
 
 def test_a_killed_process_is_an_error_of_one_line():

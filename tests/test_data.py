@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -433,6 +434,9 @@ def test_unusable_transcripts_are_skipped_and_counted(write_rows, capsys, reject
                for field in ("chosen", "rejected")}
     with pytest.raises(UserError, match=r":1: field 'rejected': its prompt differs"):
         data.read_records(str(write_rows("a.jsonl", answers)))
+    answers = {field: answers[field][1:] for field in answers}
+    with pytest.raises(UserError, match=r":1: field 'prompt': missing"):
+        data.read_records(str(write_rows("a.jsonl", answers)))
 
 
 def test_nulls_and_empty_system_turns_are_absent(read, write_rows):
@@ -592,6 +596,18 @@ def test_answers_keep_their_outer_white_space(read, wrap):
     [one] = read(row | {"chosen": wrap(text), "rejected": wrap(other)})
     [two] = read(row | {"chosen": wrap(other), "rejected": wrap(text)})
     assert (one["chosen"], one["rejected"]) == (two["rejected"], two["chosen"]) == (text, other)
+
+
+@pytest.mark.parametrize("refused", ["Tea?", "Yes."])
+def test_text_that_a_tokenizer_refuses_is_named_by_its_place(refused):
+    def encode_text(text):
+        if text == refused:
+            raise UserError("takes the text for a special token")
+        return [1]
+
+    tokenizer = SimpleNamespace(encode=encode_text, encode_answer=encode_text, end=0)
+    with pytest.raises(UserError, match=r"^x\.jsonl:7: takes the text"):
+        encode(SIMPLE | {"where": "x.jsonl:7"}, tokenizer, 64)
 
 
 def test_identical_answers_are_skipped_and_counted(read, capsys):

@@ -204,6 +204,7 @@ REFUSED = {  # key that the message names -> configs
     "sliding_window": [
         MISTRAL | {"sliding_window": 64}, MISTRAL | {"sliding_window": 255}, MISTRAL | LONG,
         WINDOWED | {"sliding_window": 64}, WINDOWED | LONG, MISTRAL | {"sliding_window": "64"},
+        *(MISTRAL | {"sliding_window": 64, "use_sliding_window": x} for x in (False, None)),
     ],
     "layer_types": [
         QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]},

@@ -5,7 +5,9 @@ import os
 import random
 import sys
 import unicodedata
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -480,6 +482,30 @@ def test_sentence_piece_answers_are_those_of_the_whole_conversation(
     both = [[*ours.encode_answer(text), ours.end] for text in ("the theatre", "What is this?")]
     assert data.encode(row, ours, 64).answers == both
     assert ours.encode_answer("a</s>") == ours.encode("a</s>")  # what spells a special token
+
+
+def test_what_a_normalizer_turns_into_a_special_token_stays_text(write_folder):
+    """Full-width signs under NFKC: the library would find the token in the normalized text."""
+    spec = sentence_piece(False)
+    given = spec["normalizer"]["normalizers"]
+    spec["normalizer"]["normalizers"] = [{"type": "NFKC"}, *given]
+    spec["added_tokens"] = [token | {"normalized": True} for token in spec["added_tokens"]]
+    ours = HfTokenizer.load(write_folder(spec, BARE, CONFIG | {"unk_token": "<unk>"}))
+    text = "hi \uff1c/s\uff1e there"
+    assert ours.end in ours.model.encode(text, with_special=True)
+    ids = ours.render({"prompt": text})
+    assert ids.count(ours.end) == 1 and ids.count(ours.added["<s>"]["id"]) == 2  # the template's
+    assert ours.end not in ours.encode_answer(text)
+
+
+def test_a_template_with_a_date_shows_one_day(write_folder, capsys, monkeypatch):
+    folder = write_folder(by_hand(), "{{ strftime_now('%d') }}" + CHATML, CONFIG)
+    days = iter(range(1, 9))
+    monkeypatch.setattr(hf_tokenizer, "datetime", SimpleNamespace(now=lambda: datetime(
+        2026, 1, next(days))))  # fmt: skip
+    ours = HfTokenizer.load(folder)
+    one = ours.render({"prompt": "a"})
+    assert ours.render({"prompt": "a"}) == one and "would change" not in capsys.readouterr().out
 
 
 def test_real_folder():
