@@ -93,10 +93,13 @@ def call(function, arguments, pipe):
 
 
 def peak_memory():
-    """Bytes; on Linux from /proc, as getrusage there counts what the parent had before."""
-    if sys.platform == "linux":
-        return 2**10 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (2**10, 1)[sys.platform == "darwin"]
+    """Bytes; from /proc where it says so, as Linux' getrusage counts what the parent had too."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+    if found:
+        return 2**10 * int(found[1])
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def in_process(function, *arguments):

@@ -657,7 +657,7 @@ def print_cuts(examples, block_size, what):
         print(f"{what}: cut {prompts} queries and {answers} answers of {len(examples)} rows "
               f"to fit {block_size} tokens")
     if alike:
-        print(f"{what}: {alike} pairs have the same answer twice after that, and teach nothing")
+        print(f"{what}: {alike} of them have the same answer twice then, and tell no preference")
 
 
 # ---------------------------------------------------------------- batches

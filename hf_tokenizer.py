@@ -570,12 +570,13 @@ class HfTokenizer:
     def encode_whole(self, text, bare):
         """Ids of template and contents; None where contents give special ids that `bare` has not.
 
-        A normalizer can spell a special token too. What has no token is unknown, not special.
+        They may spell a special token, a normalizer may too; what has no token is unknown only.
         """
-        unknown = self.added.get(self.variables.get("unk_token"), {}).get("id")
+        unknown = self.special_only(self.model.encode(META))  # no vocabulary has this character
         both = [self.model.encode(x, with_special=True) for x in (text, bare)]
-        special = [[i for i in self.special_only(ids) if i != unknown] for ids in both]
-        return both[0] if special[0] == special[1] else None
+        special = [[i for i in self.special_only(ids) if i not in unknown] for ids in both]
+        spelled = [self.special_only(self.split(x)) for x in (text, bare)]
+        return both[0] if special[0] == special[1] and spelled[0] == spelled[1] else None
 
     def encode_answer(self, text):
         """An answer as it is encoded behind the prompt.

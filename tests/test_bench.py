@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,9 +77,11 @@ def test_peers_get_as_many_kernels_as_onednn_keeps(monkeypatch):
     assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="getrusage is exact elsewhere")
 def test_peak_memory_is_not_that_of_the_parent():
-    np.ones(2**28)  # 2 GiB, and gone
-    assert 0.1 < bench.in_process(dict)["peak_gib"] < 1.5
+    alone = bench.in_process(dict)["peak_gib"]
+    np.ones(2**27)  # 1 GiB, and gone
+    assert 0 < bench.in_process(dict)["peak_gib"] < alone + 0.5
 
 
 def test_memory_of_each_way_of_training_includes_the_reference(monkeypatch, workplace):

@@ -264,7 +264,7 @@ def test_what_was_cut_is_printed(byte_tokenizer, capsys):
     encode_all(rows, byte_tokenizer, 40, "mine")
     assert capsys.readouterr().out == (
         "mine: cut 2 queries and 2 answers of 3 rows to fit 40 tokens\n"
-        "mine: 1 pairs have the same answer twice after that, and teach nothing\n"
+        "mine: 1 of them have the same answer twice then, and tell no preference\n"
     )
     encode_all(rows[2:], byte_tokenizer, 40, "mine")
     assert capsys.readouterr().out == ""

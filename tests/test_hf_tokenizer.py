@@ -447,6 +447,8 @@ def test_sentence_piece(first_only, template, write_folder):
     ids = ours.render({"prompt": "a</s><s> <unk>b", "system": "<s>"})
     assert ids.count(ours.added["<s>"]["id"]) == 1 and ours.end not in ids
     assert "</s><s> <unk>b" in ours.decode(ids)
+    for ids in (ours.render({"prompt": "a <unk> b"}), ours.encode_answer("a <unk> b")):
+        assert ours.added["<unk>"]["id"] not in ids
 
 
 ZEPHYR = """{% for message in messages %}
@@ -482,6 +484,16 @@ def test_sentence_piece_answers_are_those_of_the_whole_conversation(
     both = [[*ours.encode_answer(text), ours.end] for text in ("the theatre", "What is this?")]
     assert data.encode(row, ours, 64).answers == both
     assert ours.encode_answer("a</s>") == ours.encode("a</s>")  # what spells a special token
+
+
+@pytest.mark.parametrize("config", [CONFIG, CONFIG | {"unk_token": "<unk>"}])
+def test_characters_without_a_token_leave_the_rest_as_it_is(config, write_folder):
+    """They are unknown, which is a special token to some folders and unnamed in others."""
+    spec = sentence_piece(False)
+    spec["model"]["byte_fallback"] = False
+    ours = HfTokenizer.load(write_folder(spec, ZEPHYR, config))
+    known, more = ours.encode_answer("the x"), ours.encode_answer("the \u4e2d")
+    assert more[:-1] == known[:-1] and ours.decode(more[-1:]) == "<unk>"
 
 
 def test_what_a_normalizer_turns_into_a_special_token_stays_text(write_folder):
