@@ -261,6 +261,14 @@ def encoded_rows(job):
     return examples, common.DataOrder(groups, job.batch_size, 1.0, 0, seed=0).rows
 
 
+def weights(init_from):
+    """How many weights a token meets in products: (in the blocks, in the head)."""
+    config = load_checkpoint(init_from, torch.device("cpu"))[0].config
+    with torch.device("meta"):
+        blocks = sum(p.numel() for p in Transformer(config).blocks.parameters())
+    return blocks, config.vocab_size * config.n_embd
+
+
 def operations(job):
     """{"tokens", "operations", "matmul_peak"}: tree tokens and operations in products of an epoch.
 
@@ -269,10 +277,7 @@ def operations(job):
     """
     os.chdir(job.folder)
     examples, order = encoded_rows(job)
-    config = load_checkpoint(job.init_from, torch.device("cpu"))[0].config
-    with torch.device("meta"):
-        blocks = sum(p.numel() for p in Transformer(config).blocks.parameters())
-    head = config.vocab_size * config.n_embd
+    blocks, head = weights(job.init_from)
     tokens = sum(data.tree_size(examples[i]) for i in order)
     learned = sum(len(answer) for i in order for answer in examples[i].answers)
     once = blocks * tokens + head * learned
@@ -383,10 +388,17 @@ def sample_transformers(init_from, prompts, device, precision):
     return time_sampling(write, prompts)
 
 
+def sampling_operations(init_from, device, precision):
+    """{"operations" of a new token in products, "matmul_peak"}."""
+    return {"operations": 2 * sum(weights(init_from)),
+            "matmul_peak": matmul_peak(device, precision)}  # fmt: skip
+
+
 def sample(options, device, precision):
     """Greedy tokens a second, one prompt at a time and eight that share a meta-prompt."""
     prompts = sampling_prompts(options)
     init_from = str(hf_model.find(options.init_from).resolve())
+    needed = in_process(sampling_operations, init_from, str(device), precision)
     sides = {"nanoAlign": sample_ours}
     sides |= {"transformers": sample_transformers} if options.vs else {}
     found = take_turns(sides, options.rounds, init_from, prompts, str(device), precision)
@@ -395,6 +407,11 @@ def sample(options, device, precision):
     for side, runs in found.items():
         result[side] = {key: max(run[key] for run in runs) for key in keys}
         result[side]["peak_gib"] = max(run["peak_gib"] for run in runs)
+    peak = needed["matmul_peak"]
+    result["matmul_gflops"] = peak / 1e9
+    for key in keys:
+        share = result["nanoAlign"][key] * needed["operations"] / peak
+        result[key.replace("tokens_per_second", "share_of_peak")] = share
     if options.vs:
         for key in keys:
             ratio = result["nanoAlign"][key] / result["transformers"][key]

@@ -532,6 +532,9 @@ def run_hash(config, examples, *more):
 
 def start_run(folder, options, config, run_hash, model, optimizer, scaler):
     """In a folder that is claimed, resume or write config.json: how many steps are done."""
+    learned, every = (sum(p.numel() for p in found)
+                      for found in (trained(model).values(), model.parameters()))
+    print(f"{folder}: trains {learned:,} of {every:,} parameters")
     if on_first(clear, folder, options.overwrite):
         done = restore_checkpoint(folder, run_hash, model, optimizer, scaler)
         save_json(folder / "config.json", load_json(folder / "config.json") | config)

@@ -251,6 +251,9 @@ def summarize(found, records, flips):
     """The entry of eval.json for one dataset."""
     rng = np.random.default_rng(0)
     result = {"pairs": len(records), "flips": len(flips)}
+    if any("examples" in record for record in records):  # fewer than N where a user has fewer
+        shown = [len(record.get("examples", ())) for record in records]
+        result["choices_shown"] = round(float(np.mean(shown)), 2)
     for metric in METRICS + tuple(m for m in GENERATED if m in found):
         result[metric], result[f"{metric}_ci"] = None, None
         if metric in found:

@@ -102,14 +102,18 @@ def split(trained, unseen, test_rows):
     `test` is a part of `val-b`.
 
     trained, unseen: the records of some people and of others. Raises UserError where a person is
-    on both sides, or a group or user is missing.
+    on both sides, a statement in both groups, or a group or user is missing.
     """
     people = {few_shot.user_of(record) for record in trained}
     files, tested = {"train": [], "train-b": [], "val-a": [], "val-b": [], "test": []}, Counter()
+    group_of = {}
     for record in trained + unseen:
         group = record.get("meta", {}).get("group")
         if group not in ("a", "b"):
             raise UserError(f"{record['where']}: field 'meta.group': must be a or b")
+        for side in ("chosen", "rejected"):
+            if group_of.setdefault(record[side], group) != group:
+                raise UserError(f"{record['where']}: field '{side}': is a statement of both groups")
     for record in trained:
         files["train" if record["meta"]["group"] == "a" else "train-b"].append(record)
     for record in unseen:
@@ -124,6 +128,14 @@ def split(trained, unseen, test_rows):
     if empty:
         raise UserError(f"no choices for {empty[0]}: both groups are needed")
     return files
+
+
+def contested(records):
+    """How many of the choices are on pairs of which not everybody chose the same statement."""
+    chosen = defaultdict(set)
+    for record in records:
+        chosen[few_shot.pair_of(record)].add(record["chosen"])
+    return sum(len(chosen[few_shot.pair_of(record)]) > 1 for record in records)
 
 
 # ---------------------------------------------------------------- features of statements
@@ -335,7 +347,8 @@ def main(options):
     for name, rows in files.items():
         path = out / f"{name}.jsonl"
         data.save_records(path, rows)
-        print(f"{path}: {len(rows)} choices of {len(set(map(few_shot.user_of, rows)))} people")
+        print(f"{path}: {len(rows)} choices of {len(set(map(few_shot.user_of, rows)))} people, "
+              f"{contested(rows)} on pairs on which two of them disagree")
     common.save_json(out / "baselines.json", report | common.provenance())
 
     print(f"\nright choices on {out / 'test'}.jsonl, % and 95 % interval, by number known")

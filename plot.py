@@ -230,6 +230,9 @@ def continuum(model, tokenizer, records, z_from, z_to, wanted, steps=9):
 @torch.no_grad()
 def draw_latent(plt, folder):
     """Users of the evaluation by their latents, coloured by what they want; a line between two."""
+    options = common.load_json(Path(folder) / "config.json").get("options", {})
+    if options.get("pref_data") != "users":
+        raise UserError(f"--latent {folder}: was not trained on the world's users")
     model, tokenizer = load_checkpoint(folder, torch.device("cpu"))
     if model.config.n_latent < 2:
         raise UserError(f"--latent {folder}: this run has no latent of two channels or more")

@@ -65,6 +65,9 @@ class Options:
         common.above_zero(self, "clip")
         if not self.init_from:
             raise UserError("--init_from: empty")
+        for field in ("tokenizer", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            if self.init_from != "scratch" and getattr(self, field) != getattr(Options, field):
+                raise UserError(f"--{field}: the model of --init_from has its own")
         if self.fsdp and self.lora_rank:
             raise UserError("--fsdp trains the whole model: leave out --lora_rank")
 

@@ -124,6 +124,10 @@ def test_sampling_writes_the_tokens_of_transformers(smol, command, write_rows):
         both = [result[side][f"tokens_per_second_batch_{size}"]
                 for side in ("nanoAlign", "transformers")]  # fmt: skip
         assert result[f"tokens_per_second_ratio_batch_{size}"] == pytest.approx(both[0] / both[1])
+        model, _ = load_checkpoint(smol, torch.device("cpu"))
+        n = sum(p.numel() for p in (*model.blocks.parameters(), model.head_weight))
+        share = 2 * n * both[0] / (1e9 * result["matmul_gflops"])
+        assert result[f"share_of_peak_batch_{size}"] == pytest.approx(share)
 
 
 @pytest.mark.parametrize(("arguments", "named"), [

@@ -428,10 +428,12 @@ def test_a_reward_model_of_files_is_evaluated_like_the_others(users, command, mo
                "--device", "cpu", "--steps", "150", "--context", "3", "--targets", "3")
     status, _, err = command(train_btl, *run_btl)
     assert status == 0, err
-    asked = ("--ckpt", "out/r", "--pref_data", "users.jsonl", "--context", "0", "3")
+    asked = ("--ckpt", "out/r", "--pref_data", "users.jsonl", "--context", "0", "3", "9")
     status, out, err = command(evaluate, *asked)
     assert status == 0, err
     results = json.loads(Path("out/r/eval.json").read_text())["results"]
+    shown = [result["choices_shown"] for result in results.values()]
+    assert shown == [0, 3, 6]  # each user has seven
     [few] = [v for k, v in results.items() if k.endswith("N=3")]
     [none] = [v for k, v in results.items() if k.endswith("N=0")]
     assert few["accuracy"] == few["flip_accuracy"] == 1.0
@@ -734,6 +736,12 @@ def test_the_term_on_z_heeds_uncertain_labels(users):
 def test_the_figure_of_a_latent(users, command):
     pytest.importorskip("matplotlib").use("Agg")
     dpo("out/a", **LATENT)
+    status, _, err = command(plot, "--latent", "out/a")
+    assert status == 2 and "was not trained on the world's users" in err
+    for folder in ("out/a", "tiny"):  # as if it had been
+        path = Path(folder, "config.json")
+        config = json.loads(path.read_text()) | {"options": {"pref_data": "users"}}
+        path.write_text(json.dumps(config))
     status, _, err = command(plot, "--latent", "out/a", "--figure", "latent.png")
     assert status == 0, err
     assert Path("latent.png").read_bytes().startswith(b"\x89PNG")
@@ -852,6 +860,8 @@ def test_people_who_are_held_out_are_in_no_training_file(
                              "meta": {"group": "a"}}, "field 'chosen': not in statements"),
     ("choices_train.jsonl", {"user": "1", "prompt": "?", "chosen": "N 2", "rejected": "N 0",
                              "meta": {}}, "field 'meta.group'"),
+    ("choices_train.jsonl", {"user": "1", "prompt": "?", "chosen": "N 2", "rejected": "N 0",
+                             "meta": {"group": "a"}}, "is a statement of both groups"),
     ("statements.jsonl", {"statement": "a", "trait": 3, "facet": "b"}, "field 'trait'"),
     ("answers_train.jsonl", {"person": 3, "answers": [1, 2]}, "field 'answers': must be a list"),
     ("answers_train.jsonl", {"person": 3, "answers": [9] * 300}, "field 'answers': must be 1"),
@@ -865,6 +875,13 @@ def test_bad_data_of_people_is_named_and_nothing_is_written(
     status, _, err = command(people, "--data", tmp_path, "--held_out", "2")
     assert status == 2 and named in err and name in err and len(err.splitlines()) == 1
     assert not Path("out").exists()
+
+
+def test_choices_are_contested_where_two_people_disagree():
+    pairs = ("ab", "ba", "ab", "cd", "cd", "ef")  # chosen, rejected
+    rows = [{"prompt": "?", "chosen": x, "rejected": y} for x, y in pairs]
+    assert people.contested(rows) == 3
+    assert people.contested([*rows, {"prompt": "!", "chosen": "d", "rejected": "c"}]) == 3
 
 
 @pytest.mark.parametrize(("n", "scale"), [(6, 1), (20, 30)])
