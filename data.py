@@ -355,8 +355,10 @@ def common_fields(fields, line):
     record["where"] = line  # for messages; never shown to the model
     for field, kinds in (("user", str | int), ("meta", dict)):
         if field in fields:
-            if not isinstance(fields[field], kinds):
+            if not isinstance(fields[field], kinds) or isinstance(fields[field], bool):
                 raise UserError(f"{line}: field '{field}': wrong type")
+            if fields[field] == "":
+                raise UserError(f"{line}: field '{field}': empty")
             record[field] = fields[field]
     return record
 

@@ -37,6 +37,7 @@ class Options:
     context_data: str = ""  # files to take those choices from; default: pref_data
     reference: str = ""  # pi_0; default: what training started from; from scratch the run itself
     max_new_tokens: int = 120  # longest generated answer, in tokens (world only)
+    report: str = ""  # file for the results; default: eval.json in the folder of --ckpt
     micro_tokens: int = 4096  # tree tokens scored at once; answers are generated 128 at once
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: str = "auto"  # auto, bf16, fp16, fp32
@@ -413,9 +414,8 @@ def evaluate_rewards(model, features, datasets):
     return results
 
 
-def save_report(folder, results, reference, precision):
-    """Write eval.json into a checkpoint's folder."""
-    path = Path(folder) / "eval.json"
+def save_report(path, results, reference, precision):
+    """Write an evaluation, by default eval.json in a checkpoint's folder."""
     report = {"results": results, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
               "reference": str(reference), "precision": precision} | common.provenance()
     common.save_json(path, report)
@@ -461,6 +461,7 @@ def main(options):
     dtype = common.PRECISIONS[precision]
     ckpt = hf_model.find(options.ckpt)
     config = common.load_json(ckpt / "config.json")
+    path = Path(options.report or ckpt / "eval.json")
     datasets = load_preferences(options.pref_data)
     if options.context:
         datasets = add_contexts(datasets, list(map(int, options.context)), options.context_data)
@@ -468,9 +469,11 @@ def main(options):
         if options.reference:
             raise UserError(f"--reference: {ckpt} is a reward model, which has none")
         model, features = load_reward_model(ckpt, config, device, options.micro_tokens)
+        if any(any(map(row.get, data.TEXT_TIERS)) for _, records in datasets for row in records):
+            print("a reward model does not read the rows' system messages and preferences")
         results = evaluate_rewards(model, features, datasets)
         print_table(results)
-        save_report(ckpt, results, "none: rewards are compared as they are", "fp32")
+        save_report(path, results, "none: rewards are compared as they are", "fp32")
         return
     policy, tokenizer = load_checkpoint(ckpt, device, dtype)
     if policy.features:
@@ -483,7 +486,7 @@ def main(options):
             options.micro_tokens, options.max_new_tokens,
         )["policy"]  # fmt: skip
     print_table(results)
-    save_report(ckpt, results, folder, precision)
+    save_report(path, results, folder, precision)
 
 
 if __name__ == "__main__":

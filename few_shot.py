@@ -214,15 +214,16 @@ def context_tensors(features, contexts):
     return pairs, present.to(found)
 
 
-def latents(model, records, features=None, at_once=1024):
+def latents(model, records, features=None, at_once=2**14):
     """z of records, from their `examples`: (B, n_latent).
 
     features: how the encoder sees choices, such as a `Features`; default: the model's own.
-    at_once: how many records are read together, which bounds memory.
+    at_once: how many choices are read together, which bounds memory.
     """
     features = features or model.features
     contexts = [record.get("examples", []) for record in records]
-    parts = (contexts[i : i + at_once] for i in range(0, len(contexts), at_once))
+    size = max(1, at_once // max(1, *map(len, contexts)))
+    parts = (contexts[i : i + size] for i in range(0, len(contexts), size))
     return torch.cat([model.encoder(*context_tensors(features, part))[0] for part in parts])
 
 

@@ -74,6 +74,8 @@ def read_answers(path, n_statements, people):
             found.append(answers)
     if not found:
         raise UserError(f"{path}: no answers of the people of training")
+    if len(found) < len(people):
+        print(f"{path}: answers of {len(found)} of the {len(people)} people of training")
     found = np.array(found, dtype=float)
     unanswered = np.isnan(found).all(axis=0)
     if unanswered.any():
@@ -346,7 +348,10 @@ def main(options):
 
     for name, rows in files.items():
         path = out / f"{name}.jsonl"
+        before = path.read_text() if path.exists() else None
         data.save_records(path, rows)
+        if before not in (None, path.read_text()):
+            print(f"{path}: replaces other choices, on which runs may stand")
         print(f"{path}: {len(rows)} choices of {len(set(map(few_shot.user_of, rows)))} people, "
               f"{contested(rows)} on pairs on which two of them disagree")
     common.save_json(out / "baselines.json", report | common.provenance())

@@ -73,13 +73,15 @@ def draw(axes, steps, curves, title, chance):
 
 
 def read_groups(groups):
-    """{NAME: [results of each run]} of NAME=DIR[,DIR...]."""
+    """{NAME: [results of each run]} of NAME=DIR[,DIR...]; a DIR may be a .json file too."""
     runs = {}
     for group in groups:
         name, _, folders = group.partition("=")
         if not folders or name in runs:
             raise UserError(f"{group}: must be NAME=DIR[,DIR...], each NAME once")
-        runs[name] = [read_results(Path(folder) / "eval.json") for folder in folders.split(",")]
+        paths = [Path(folder) for folder in folders.split(",")]
+        runs[name] = [read_results(path if path.suffix == ".json" else path / "eval.json")
+                      for path in paths]
     return runs
 
 

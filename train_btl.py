@@ -42,7 +42,7 @@ class Options:
     kl_weight: float = 0.0  # variational latent: weight of KL(z given all pairs, z given context)
     n_hidden: int = 64  # channels of the layers
     n_layer: int = 3  # layers of the reward
-    steps: int = 1000  # optimizer steps
+    steps: int = 500  # optimizer steps
     batch_size: int = 64  # users a step
     learning_rate: float = 6e-3  # peak
     weight_decay: float = 0.0  # AdamW's, on matrices

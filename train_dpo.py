@@ -355,7 +355,7 @@ def main(options):
                 options.micro_tokens,
             )  # fmt: skip
             evaluate.print_comparison(results)
-            evaluate.save_report(folder, results["after"], init_from, precision)
+            evaluate.save_report(folder / "eval.json", results["after"], init_from, precision)
             if options.pref_data == "world":
                 side_by_side(policy, tokenizer)
 

@@ -101,6 +101,8 @@ BAD_ROWS = {  # name -> (row, what the message must name besides file and line)
     "text as example": (PAIR | {"examples": [PAIR, "x"]}, "'examples[1]'"),
     "text as meta": (PAIR | {"meta": "x"}, "'meta'"),
     "list as user": (PAIR | {"user": []}, "'user'"),
+    "truth as user": (PAIR | {"user": True}, "'user'"),
+    "empty user": (PAIR | {"user": ""}, "'user'"),
     "label_prob above 1": (PAIR | {"label_prob": 1.1}, "'label_prob'"),
     "label_prob below 0": (PAIR | {"label_prob": -0.1}, "'label_prob'"),
     "label_prob NaN": (PAIR | {"label_prob": float("nan")}, "'label_prob'"),

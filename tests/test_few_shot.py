@@ -429,6 +429,11 @@ def test_a_reward_model_of_files_is_evaluated_like_the_others(users, command, mo
     status, _, err = command(train_btl, *run_btl)
     assert status == 0, err
     asked = ("--ckpt", "out/r", "--pref_data", "users.jsonl", "--context", "0", "3", "9")
+    status, out, err = command(evaluate, *asked, "--report", "new/found.json")
+    assert status == 0, err
+    status, table, err = command(plot, "--table", "NP-BTL=new/found.json", "--metrics", "accuracy")
+    assert status == 0 and "| 100.0 |" in table, err
+    assert not Path("out/r/eval.json").exists()
     status, out, err = command(evaluate, *asked)
     assert status == 0, err
     results = json.loads(Path("out/r/eval.json").read_text())["results"]
@@ -590,7 +595,9 @@ def test_sft_learns_chosen_answers_behind_choices(users, monkeypatch, write_rows
 
 
 @pytest.mark.parametrize("latent", [0, 3])
-def test_sample_reads_examples_as_the_checkpoint_was_trained(users, latent, command, write_rows):
+def test_sample_reads_examples_as_the_checkpoint_was_trained(
+    users, latent, command, write_rows, capfd
+):
     dpo("out/a", pref_data="users.jsonl", context=4, latent=latent, epochs=8.0, learning_rate=5e-3)
     rows = user_rows()
     write_rows("short.jsonl", *rows[7:11])
@@ -606,6 +613,11 @@ def test_sample_reads_examples_as_the_checkpoint_was_trained(users, latent, comm
         assert ("4 choices were made under a system message" in out) == (name == "long")
         answers.append(out)
     assert answers[0] != answers[1]
+    # A pair that comes again, even the other way round, and a choice in doubt are left out.
+    again = [rows[8] | {"chosen": rows[8]["rejected"], "rejected": rows[8]["chosen"]}]
+    write_rows("again.jsonl", *rows[7:11], rows[7], *again, rows[12] | {"label_prob": 0.9})
+    assert sample.read_examples("again.jsonl") == sample.read_examples("short.jsonl")
+    assert "3 of 7 choices are left out" in capfd.readouterr().out
     write_rows("doubt.jsonl", *[row | {"label_prob": 0.9} for row in rows[:4]])
     status, _, err = command(sample, "--ckpt", "out/none", "--prompt", "Why?", "--examples",
                              "doubt.jsonl")  # fmt: skip
@@ -839,6 +851,11 @@ def test_people_who_are_held_out_are_in_no_training_file(
     assert not who["train"] & who["val-b"]
     assert {row["meta"]["group"] for row in read["train"] + read["val-a"]} == {"a"}
     assert len(read["test"]) == 20 and all(row in read["val-b"] for row in read["test"])
+    status, out, err = command(people, "--data", tmp_path, "--held_out", "2")
+    assert status == 0 and "replaces" not in out
+    status, out, err = command(people, "--data", tmp_path, "--held_out", "3")
+    assert status == 0 and "out/people/train.jsonl: replaces other choices" in out
+    status, _, err = command(people, "--data", tmp_path, "--held_out", "2")
     status, _, err = command(people, "--data", tmp_path, "--held_out", "8")
     assert status == 2 and "--held_out 8" in err
     # Other people, all of the first ones being trained on.
