@@ -325,7 +325,7 @@ NEW_TOKENS = 64  # of each answer; end tokens do not stop it, so that all do the
 
 
 def sampling_prompts(options):
-    """Token lists of eight queries under the first row's meta-prompt."""
+    """Token lists of eight queries under the first row's meta-prompt; of fewer some come again."""
     records = data.read_records(options.pref_data)
     tokenizer, block_size = load_tokenizer(options.init_from)
     first = {k: v for k, v in records[0].items() if k in data.META_PROMPT}
@@ -333,10 +333,10 @@ def sampling_prompts(options):
     prompts = (tokenizer.render(first | {"prompt": query}) for query in queries)
     fitting = (prompt for prompt in prompts if len(prompt) + NEW_TOKENS <= block_size)
     prompts = list(itertools.islice(fitting, 8))
-    if len(prompts) < 8:
-        raise UserError(f"--pref_data {options.pref_data}: needs eight different queries that "
-                        f"leave room for {NEW_TOKENS} tokens; has {len(prompts)}")
-    return prompts
+    if not prompts:
+        raise UserError(f"--pref_data {options.pref_data}: no query leaves room for {NEW_TOKENS} "
+                        "tokens")
+    return list(itertools.islice(itertools.cycle(prompts), 8))
 
 
 def time_sampling(write, prompts):
@@ -373,8 +373,7 @@ def sample_transformers(init_from, prompts, device, precision):
     as_torch_comes()
     load = transformers.AutoModelForCausalLM.from_pretrained
     model = load(init_from, dtype=common.PRECISIONS[precision]).to(device).eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    model.generation_config = transformers.GenerationConfig(pad_token_id=0)
 
     @torch.inference_mode()
     def write(prompts, n):

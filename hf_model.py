@@ -41,7 +41,8 @@ def read_config(path):
         refuse("model_type", f"must be one of {', '.join(FAMILIES)}")
     if asked.get("hidden_act", "silu") not in ("silu", "swish"):
         refuse("hidden_act", "must be silu")
-    for key in ("attention_bias", "mlp_bias", "quantization_config"):
+    for key in ("attention_bias", "mlp_bias", "quantization_config", "rope_interleaved",
+                "dual_chunk_attention_config"):
         if asked.get(key):
             refuse(key, "is not supported")
     if asked.get("is_causal") is False:
@@ -182,14 +183,12 @@ def read_weights(folder, config):
     for what, found in (("missing", lacking), ("not of this model's config", left)):
         if found:
             raise UserError(f"{folder}: tensor {found[0]}: {what}")
-    opened = {}
 
     def read(name):
         path = files[name]
         try:
-            if path not in opened:
-                opened[path] = safetensors.safe_open(path, framework="pt")
-            return opened[path].get_tensor(name)
+            with safetensors.safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"{path}: tensor {name}: {error}") from None
 
@@ -291,7 +290,7 @@ def export(folder, model, tokenizer):
         raise UserError(f"--export {folder}: is in use")
     common.write_atomically(folder / "model.safetensors", write)
     if isinstance(tokenizer, HfTokenizer):
-        tokenizer.save(folder)
+        tokenizer.export(folder)
     else:
         save_native_tokenizer(folder, tokenizer, model.config.block_size)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

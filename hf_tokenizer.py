@@ -23,7 +23,14 @@ import tiktoken
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from common import UserError, content_hash, first_line, load_json, write_atomically
+from common import (
+    UserError,
+    content_hash,
+    first_line,
+    load_json,
+    save_json,
+    write_atomically,
+)
 from data import TEXT_TIERS, prompt_turns
 
 CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
@@ -599,10 +606,27 @@ class HfTokenizer:
         return self.model.pieces(tokens)
 
     def describe(self):
-        """Changes when a file of the tokenizer or template does; kept in config.json."""
-        contents = [self.files.get(name, b"").decode("latin-1") for name in TOKENIZER_FILES]
+        """Changes when a file of the tokenizer or template does; kept in config.json.
+
+        Not with the class that is to read them, which nothing here asks for.
+        """
+        contents = {name: self.files.get(name, b"").decode("latin-1") for name in TOKENIZER_FILES}
+        contents["tokenizer_config.json"] = self.config() | {"tokenizer_class": None}
         return {"kind": "huggingface", "hash": content_hash(contents, self.end)}
+
+    def config(self):
+        return json.loads(self.files.get("tokenizer_config.json", b"{}"))
 
     def save(self, folder):
         for name, content in self.files.items():
             write_atomically(Path(folder) / name, lambda path, c=content: path.write_bytes(c))
+
+    def export(self, folder):
+        """Save, for transformers to read tokenizer.json as it is.
+
+        Of some classes (LlamaTokenizer, GPT2Tokenizer) its version 5 builds the tokenizer anew,
+        which then gives other ids.
+        """
+        self.save(folder)
+        config = self.config() | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        save_json(Path(folder) / "tokenizer_config.json", config)

@@ -65,9 +65,6 @@ class Options:
         common.above_zero(self, "clip")
         if not self.init_from:
             raise UserError("--init_from: empty")
-        for field in ("tokenizer", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            if self.init_from != "scratch" and getattr(self, field) != getattr(Options, field):
-                raise UserError(f"--{field}: the model of --init_from has its own")
         if self.fsdp and self.lora_rank:
             raise UserError("--fsdp trains the whole model: leave out --lora_rank")
 
@@ -117,6 +114,9 @@ def main(options):
     else:
         frozen = common.PRECISIONS[precision] if options.lora_rank else torch.float32
         model, tokenizer = load_start(init_from, first, frozen)
+        for name in ("tokenizer", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            if getattr(options, name) != getattr(Options, name):
+                print(f"--{name} is left aside: the model of --init_from has its own")
         adapt(model, options.lora_rank, options.seed)
     model.train()
     model.checkpointing = options.activation_checkpointing

@@ -546,15 +546,6 @@ def test_bad_option_of_training(refused, sft, dpo, tmp_path, kind):
         assert not out.exists()
 
 
-@pytest.mark.parametrize("option", [
-    {"tokenizer": "gpt2"}, {"n_layer": 2}, {"n_head": 2}, {"n_kv_head": 2}, {"n_embd": 64},
-])  # fmt: skip
-def test_a_model_to_start_from_brings_tokenizer_and_sizes(option):
-    with pytest.raises(common.UserError, match=f"^--{next(iter(option))}: the model of"):
-        train_sft.Options(init_from="out/sft", **option)
-    train_sft.Options(**option)
-
-
 OTHER_BAD_OPTIONS = (
     (train_sft, "n_head", ("--n_head", "3")),
     (train_sft, "--init_from", ("--init_from", "")),

@@ -201,6 +201,8 @@ REFUSED = {  # key that the message names -> configs
     "is_causal": [{"is_causal": False}],
     "max_window_layers": [WINDOWED | {"max_window_layers": x} for x in ("2", None)],
     "quantization_config": [{"quantization_config": {"quant_method": "fp8"}}],
+    "rope_interleaved": [{"rope_interleaved": True}],
+    "dual_chunk_attention_config": [{"dual_chunk_attention_config": {"chunk_size": 8}}],
     "sliding_window": [
         MISTRAL | {"sliding_window": 64}, MISTRAL | {"sliding_window": 255}, MISTRAL | LONG,
         WINDOWED | {"sliding_window": 64}, WINDOWED | LONG, MISTRAL | {"sliding_window": "64"},

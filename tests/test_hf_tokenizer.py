@@ -13,9 +13,12 @@ import pytest
 
 import data
 import evaluate
+import hf_model
 import hf_tokenizer
 from common import UserError
 from hf_tokenizer import BYTE_OF, HfTokenizer, Library
+from model import ModelConfig
+from tiny import new_model
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -449,6 +452,25 @@ def test_sentence_piece(first_only, template, write_folder):
     assert "</s><s> <unk>b" in ours.decode(ids)
     for ids in (ours.render({"prompt": "a <unk> b"}), ours.encode_answer("a <unk> b")):
         assert ours.added["<unk>"]["id"] not in ids
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "GPT2Tokenizer", None])
+def test_an_exported_tokenizer_keeps_its_ids(kind, write_folder, tmp_path):
+    """transformers 5 builds those of some classes anew, as if `legacy` or digits were not there."""
+    transformers = pytest.importorskip("transformers")
+    spec = sentence_piece(False) if kind == "LlamaTokenizer" else train("smollm2")
+    config = CONFIG | {"unk_token": "<unk>"} if kind == "LlamaTokenizer" else CONFIG
+    config = config | ({"tokenizer_class": kind, "legacy": False} if kind else {})
+    template = TEMPLATES["llama2" if kind == "LlamaTokenizer" else "chatml"]
+    ours = HfTokenizer.load(write_folder(spec, template, config))
+    model = new_model(ModelConfig(ours.vocab_size, 64, 1, 2, 1, 16, 32))
+    hf_model.export(tmp_path / "out", model, ours)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("What is 12 + 30?", "Items:\n\n1. the theatre", "def f(x): return 1"):
+        asked = [{"role": "user", "content": text}]
+        ids = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        assert ours.render({"prompt": text}) == ids
+    assert HfTokenizer.load(tmp_path / "out").describe() == ours.describe()
 
 
 ZEPHYR = """{% for message in messages %}

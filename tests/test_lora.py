@@ -296,9 +296,11 @@ def test_no_run_replaces_what_its_starting_model_stands_on():
     assert same(weights("out/a"), before)
 
 
-def test_the_same_adapters_on_another_base_are_other_weights():
+def test_the_same_adapters_on_another_base_are_other_weights(capsys):
     """The reference's cache is found by this hash. At rate 0 the adapters stay as they began."""
     sft("other", init_from="tiny", max_steps=1)
+    out = capsys.readouterr().out
+    assert "--n_embd is left aside" in out and "--tokenizer is left aside" in out
     for base in ("tiny", "other"):
         sft(f"out/{base}", init_from=base, lora_rank=2, max_steps=1, learning_rate=0)
     assert same(weights("out/tiny"), weights("out/other"))

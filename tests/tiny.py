@@ -113,12 +113,10 @@ def save_smol(folder):
 
 # ---------------------------------------------------------------- runs
 
-FURTHER_SFT = {
-    "block_size": 256, "learning_rate": 3e-3, "batch_size": 5, "warmup_steps": 2,
-    "data": "responses.jsonl",
-}  # fmt: skip
-SFT = FURTHER_SFT | {
-    "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "tokenizer": "tiny/tokenizer.tiktoken",
+SFT = {
+    "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "block_size": 256,
+    "learning_rate": 3e-3, "batch_size": 5, "warmup_steps": 2, "data": "responses.jsonl",
+    "tokenizer": "tiny/tokenizer.tiktoken",
 }  # fmt: skip
 DPO = {
     "batch_size": 5, "warmup_steps": 2, "learning_rate": 1e-3, "epochs": 1.0,
@@ -176,7 +174,7 @@ def run(module, **options):
 
 
 def sft(out_dir, **options):
-    run(train_sft, out_dir=out_dir, **(FURTHER_SFT if "init_from" in options else SFT) | options)
+    run(train_sft, out_dir=out_dir, **SFT | options)
 
 
 def dpo(out_dir, **options):
