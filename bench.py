@@ -394,14 +394,18 @@ def sampling_operations(init_from, device, precision):
 
 
 def sample(options, device, precision):
-    """Greedy tokens a second, one prompt at a time and eight that share a meta-prompt."""
+    """Greedy tokens a second, one prompt at a time and eight that share a meta-prompt.
+
+    The share of the peak counts the new tokens' products, over a time with the prompt's in it.
+    """
     prompts = sampling_prompts(options)
     init_from = str(hf_model.find(options.init_from).resolve())
     needed = in_process(sampling_operations, init_from, str(device), precision)
     sides = {"nanoAlign": sample_ours}
     sides |= {"transformers": sample_transformers} if options.vs else {}
     found = take_turns(sides, options.rounds, init_from, prompts, str(device), precision)
-    result = {"prompt_tokens": [len(prompt) for prompt in prompts]}
+    result = {"prompt_tokens": [len(prompt) for prompt in prompts],
+              "different_prompts": len({*map(tuple, prompts)})}  # fmt: skip
     keys = ("tokens_per_second_batch_1", "tokens_per_second_batch_8")
     for side, runs in found.items():
         result[side] = {key: max(run[key] for run in runs) for key in keys}

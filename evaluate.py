@@ -462,6 +462,8 @@ def main(options):
     ckpt = hf_model.find(options.ckpt)
     config = common.load_json(ckpt / "config.json")
     path = Path(options.report or ckpt / "eval.json")
+    if path.is_dir():
+        raise UserError(f"--report {path}: is a folder")
     datasets = load_preferences(options.pref_data)
     if options.context:
         datasets = add_contexts(datasets, list(map(int, options.context)), options.context_data)

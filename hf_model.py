@@ -15,7 +15,7 @@ import torch
 
 import common
 from common import UserError
-from hf_tokenizer import BYTE_OF, HfTokenizer
+from hf_tokenizer import AS_IT_IS, BYTE_OF, HfTokenizer
 from model import Linear, ModelConfig, from_weights
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -374,7 +374,7 @@ def save_native_tokenizer(folder, tokenizer, block_size):
         },
     })  # fmt: skip
     common.save_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
+        **AS_IT_IS, "model_max_length": block_size,
         "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
         "eos_token": "<|end|>", "pad_token": "<|end|>",
     })  # fmt: skip

@@ -36,6 +36,10 @@ from data import TEXT_TIERS, prompt_turns
 CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
 MODEL_CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", *CONFIGS)
+# Makes transformers read tokenizer.json as it is: of some classes (LlamaTokenizer, GPT2Tokenizer)
+# its version 5 builds the tokenizer anew, which then gives other ids.
+AS_IT_IS = {"tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"]}  # fmt: skip
 
 # ---------------------------------------------------------------- added tokens
 
@@ -608,10 +612,10 @@ class HfTokenizer:
     def describe(self):
         """Changes when a file of the tokenizer or template does; kept in config.json.
 
-        Not with the class that is to read them, which nothing here asks for.
+        Not with what `export` changes.
         """
         contents = {name: self.files.get(name, b"").decode("latin-1") for name in TOKENIZER_FILES}
-        contents["tokenizer_config.json"] = self.config() | {"tokenizer_class": None}
+        contents["tokenizer_config.json"] = self.config() | AS_IT_IS
         return {"kind": "huggingface", "hash": content_hash(contents, self.end)}
 
     def config(self):
@@ -622,11 +626,6 @@ class HfTokenizer:
             write_atomically(Path(folder) / name, lambda path, c=content: path.write_bytes(c))
 
     def export(self, folder):
-        """Save, for transformers to read tokenizer.json as it is.
-
-        Of some classes (LlamaTokenizer, GPT2Tokenizer) its version 5 builds the tokenizer anew,
-        which then gives other ids.
-        """
+        """Save, for transformers to give the same ids."""
         self.save(folder)
-        config = self.config() | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        save_json(Path(folder) / "tokenizer_config.json", config)
+        save_json(Path(folder) / "tokenizer_config.json", self.config() | AS_IT_IS)

@@ -136,8 +136,8 @@ def contested(records):
     """How many of the choices are on pairs of which not everybody chose the same statement."""
     chosen = defaultdict(set)
     for record in records:
-        chosen[few_shot.pair_of(record)].add(record["chosen"])
-    return sum(len(chosen[few_shot.pair_of(record)]) > 1 for record in records)
+        chosen[few_shot.pair_of(few_shot.choice(record))].add(record["chosen"])
+    return sum(len(chosen[few_shot.pair_of(few_shot.choice(record))]) > 1 for record in records)
 
 
 # ---------------------------------------------------------------- features of statements
@@ -348,9 +348,9 @@ def main(options):
 
     for name, rows in files.items():
         path = out / f"{name}.jsonl"
-        before = path.read_text() if path.exists() else None
+        before = path.read_bytes() if path.exists() else None
         data.save_records(path, rows)
-        if before not in (None, path.read_text()):
+        if before not in (None, path.read_bytes()):
             print(f"{path}: replaces other choices, on which runs may stand")
         print(f"{path}: {len(rows)} choices of {len(set(map(few_shot.user_of, rows)))} people, "
               f"{contested(rows)} on pairs on which two of them disagree")

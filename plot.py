@@ -32,7 +32,7 @@ class Options:
     prefix: str = ""  # what `bench.py prefix` printed: draw that instead
     latent: str = ""  # folder of an NP-DPO run on the world's users: draw its latent instead
     choices: tuple[str, ...] = ()  # NAME=DIR[,DIR...]: draw these runs by --context N
-    table: tuple[str, ...] = ()  # NAME=DIR[,DIR...]: print these runs, mean and spread over DIRs
+    table: tuple[str, ...] = ()  # NAME=DIR[,DIR...]: print runs or --report files, mean and spread
     metrics: tuple[str, ...] = ("flip_accuracy", "generated_axes_right")  # by key
 
     def __post_init__(self):
@@ -73,14 +73,14 @@ def draw(axes, steps, curves, title, chance):
 
 
 def read_groups(groups):
-    """{NAME: [results of each run]} of NAME=DIR[,DIR...]; a DIR may be a .json file too."""
+    """{NAME: [results of each run]} of NAME=DIR[,DIR...], where a file may stand for a DIR."""
     runs = {}
     for group in groups:
         name, _, folders = group.partition("=")
         if not folders or name in runs:
             raise UserError(f"{group}: must be NAME=DIR[,DIR...], each NAME once")
         paths = [Path(folder) for folder in folders.split(",")]
-        runs[name] = [read_results(path if path.suffix == ".json" else path / "eval.json")
+        runs[name] = [read_results(path if path.is_file() else path / "eval.json")
                       for path in paths]
     return runs
 

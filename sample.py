@@ -240,15 +240,16 @@ def chat(respond, options, examples):
 def read_examples(path):
     """The choices of one user, from a preference file."""
     records, first = data.read_records(path), {}
-    for row in filter(few_shot.is_certain, records):
+    certain = list(filter(few_shot.is_certain, records))
+    if not certain:
+        raise UserError(f"--examples {path}: no choice that is certain (label_prob 1)")
+    for row in certain:
         first.setdefault(few_shot.pair_of(few_shot.choice(row)), row)
     rows = list(first.values())
-    if not rows:
-        raise UserError(f"--examples {path}: no choice that is certain (label_prob 1)")
     if len(rows) < len(records):
         print(f"--examples {path}: {len(records) - len(rows)} of {len(records)} choices are left "
               "out: of uncertain label, or on a pair that came before")
-    users = {few_shot.user_of(row) for row in rows if "user" in row}
+    users = {few_shot.user_of(row) for row in certain if "user" in row}
     if len(users) > 1:
         print(f"--examples {path}: the choices of {len(users)} users, read as one's")
     few_shot.say_stated(rows)

@@ -151,6 +151,8 @@ def test_sampling_asks_the_first_eight_queries_that_fit(tiny_run, write_rows):
         if different:
             prompts = bench.sampling_prompts(options)
             assert len(prompts) == 8 and len({*map(tuple, prompts)}) == different
+            found = bench.sample(options, torch.device("cpu"), "fp32")
+            assert found["different_prompts"] == different
         else:
             with pytest.raises(UserError, match="no query leaves room for 64"):
                 bench.sampling_prompts(options)

@@ -423,12 +423,20 @@ def test_a_reward_model_says_that_it_does_not_read_preferences(users, write_rows
         assert ("made under a system message or preference" in out) is said
 
 
-def test_a_reward_model_of_files_is_evaluated_like_the_others(users, command, monkeypatch):
+def test_a_reward_model_of_files_is_evaluated_like_the_others(
+    users, command, write_rows, monkeypatch
+):
     run_btl = ("--pref_data", "users.jsonl", "--init_from", "tiny", "--out_dir", "out/r",
                "--device", "cpu", "--steps", "150", "--context", "3", "--targets", "3")
     status, _, err = command(train_btl, *run_btl)
     assert status == 0, err
     asked = ("--ckpt", "out/r", "--pref_data", "users.jsonl", "--context", "0", "3", "9")
+    write_rows("told.jsonl", *[row | {"preference": "Be brief."} for row in user_rows()])
+    status, out, err = command(evaluate, "--ckpt", "out/r", "--pref_data", "told.jsonl",
+                               "--report", "told.json")  # fmt: skip
+    assert status == 0 and "does not read the rows' system messages and preferences" in out
+    status, _, err = command(evaluate, *asked, "--report", "out")
+    assert status == 2 and "--report out: is a folder" in err
     status, out, err = command(evaluate, *asked, "--report", "new/found.json")
     assert status == 0, err
     status, table, err = command(plot, "--table", "NP-BTL=new/found.json", "--metrics", "accuracy")
@@ -617,7 +625,11 @@ def test_sample_reads_examples_as_the_checkpoint_was_trained(
     again = [rows[8] | {"chosen": rows[8]["rejected"], "rejected": rows[8]["chosen"]}]
     write_rows("again.jsonl", *rows[7:11], rows[7], *again, rows[12] | {"label_prob": 0.9})
     assert sample.read_examples("again.jsonl") == sample.read_examples("short.jsonl")
-    assert "3 of 7 choices are left out" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "3 of 7 choices are left out" in out and "choices of 2 users" not in out
+    write_rows("two.jsonl", rows[8], *[row | {"user": "another"} for row in again])
+    assert len(sample.read_examples("two.jsonl")) == 1
+    assert "choices of 2 users" in capfd.readouterr().out
     write_rows("doubt.jsonl", *[row | {"label_prob": 0.9} for row in rows[:4]])
     status, _, err = command(sample, "--ckpt", "out/none", "--prompt", "Why?", "--examples",
                              "doubt.jsonl")  # fmt: skip
@@ -855,6 +867,12 @@ def test_people_who_are_held_out_are_in_no_training_file(
     assert status == 0 and "replaces" not in out
     status, out, err = command(people, "--data", tmp_path, "--held_out", "3")
     assert status == 0 and "out/people/train.jsonl: replaces other choices" in out
+    assert "people of training" not in out
+    answers = (tmp_path / "answers_train.jsonl").read_text().splitlines(True)
+    (tmp_path / "answers_train.jsonl").write_text("".join(answers[:-5]))
+    status, out, err = command(people, "--data", tmp_path, "--held_out", "2")
+    assert status == 0 and "people of training" in out, err
+    (tmp_path / "answers_train.jsonl").write_text("".join(answers))
     status, _, err = command(people, "--data", tmp_path, "--held_out", "2")
     status, _, err = command(people, "--data", tmp_path, "--held_out", "8")
     assert status == 2 and "--held_out 8" in err
@@ -896,7 +914,8 @@ def test_bad_data_of_people_is_named_and_nothing_is_written(
 
 def test_choices_are_contested_where_two_people_disagree():
     pairs = ("ab", "ba", "ab", "cd", "cd", "ef")  # chosen, rejected
-    rows = [{"prompt": "?", "chosen": x, "rejected": y} for x, y in pairs]
+    rows = [{"prompt": [{"role": "user", "content": "?"}], "chosen": x, "rejected": y}
+            for x, y in pairs]
     assert people.contested(rows) == 3
     assert people.contested([*rows, {"prompt": "!", "chosen": "d", "rejected": "c"}]) == 3
 

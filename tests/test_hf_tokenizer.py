@@ -470,6 +470,7 @@ def test_an_exported_tokenizer_keeps_its_ids(kind, write_folder, tmp_path):
         asked = [{"role": "user", "content": text}]
         ids = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
         assert ours.render({"prompt": text}) == ids
+        assert theirs(text).keys() == {"input_ids", "attention_mask"}  # what `generate` takes
     assert HfTokenizer.load(tmp_path / "out").describe() == ours.describe()
 
 

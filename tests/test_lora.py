@@ -304,6 +304,9 @@ def test_the_same_adapters_on_another_base_are_other_weights(capsys):
     for base in ("tiny", "other"):
         sft(f"out/{base}", init_from=base, lora_rank=2, max_steps=1, learning_rate=0)
     assert same(weights("out/tiny"), weights("out/other"))
+    trained, whole = (sum(p.numel() for p in weights(f).values()) for f in ("out/tiny", "tiny"))
+    line = f"out/tiny: trains {trained:,} of {trained + whole:,} parameters"
+    assert line in capsys.readouterr().out
     assert sample.weights_hash("out/tiny") != sample.weights_hash("out/other")
 
 
