@@ -415,7 +415,7 @@ def evaluate_rewards(model, features, datasets):
 
 
 def save_report(path, results, reference, precision):
-    """Write an evaluation, by default eval.json in a checkpoint's folder."""
+    """Write the file of an evaluation."""
     report = {"results": results, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
               "reference": str(reference), "precision": precision} | common.provenance()
     common.save_json(path, report)

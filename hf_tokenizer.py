@@ -440,8 +440,11 @@ class HfTokenizer:
 
     def bring(self, name, fields):
         """Add to a file what a trained or exported model shall have with it."""
-        content = json.loads(self.files.get(name, b"{}")) | fields
-        self.files[name] = json.dumps(content, indent=2).encode()
+        self.files[name] = json.dumps(self.content(name) | fields, indent=2).encode()
+
+    def content(self, name):
+        """A file of JSON; without it, {}."""
+        return json.loads(self.files.get(name, b"{}"))
 
     def read(self, spec, config, ids):
         """Tokens that the configuration names, or the model by their `ids`, are special."""
@@ -615,11 +618,8 @@ class HfTokenizer:
         Not with what `export` changes.
         """
         contents = {name: self.files.get(name, b"").decode("latin-1") for name in TOKENIZER_FILES}
-        contents["tokenizer_config.json"] = self.config() | AS_IT_IS
+        contents["tokenizer_config.json"] = self.content("tokenizer_config.json") | AS_IT_IS
         return {"kind": "huggingface", "hash": content_hash(contents, self.end)}
-
-    def config(self):
-        return json.loads(self.files.get("tokenizer_config.json", b"{}"))
 
     def save(self, folder):
         for name, content in self.files.items():
@@ -628,4 +628,5 @@ class HfTokenizer:
     def export(self, folder):
         """Save, for transformers to give the same ids."""
         self.save(folder)
-        save_json(Path(folder) / "tokenizer_config.json", self.config() | AS_IT_IS)
+        config = self.content("tokenizer_config.json") | AS_IT_IS
+        save_json(Path(folder) / "tokenizer_config.json", config)

@@ -134,10 +134,10 @@ def split(trained, unseen, test_rows):
 
 def contested(records):
     """How many of the choices are on pairs of which not everybody chose the same statement."""
-    chosen = defaultdict(set)
+    chosen = defaultdict(list)
     for record in records:
-        chosen[few_shot.pair_of(few_shot.choice(record))].add(record["chosen"])
-    return sum(len(chosen[few_shot.pair_of(few_shot.choice(record))]) > 1 for record in records)
+        chosen[few_shot.pair_of(few_shot.choice(record))].append(record["chosen"])
+    return sum(len(found) for found in chosen.values() if len(set(found)) > 1)
 
 
 # ---------------------------------------------------------------- features of statements

@@ -873,7 +873,6 @@ def test_people_who_are_held_out_are_in_no_training_file(
     status, out, err = command(people, "--data", tmp_path, "--held_out", "2")
     assert status == 0 and "people of training" in out, err
     (tmp_path / "answers_train.jsonl").write_text("".join(answers))
-    status, _, err = command(people, "--data", tmp_path, "--held_out", "2")
     status, _, err = command(people, "--data", tmp_path, "--held_out", "8")
     assert status == 2 and "--held_out 8" in err
     # Other people, all of the first ones being trained on.
