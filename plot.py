@@ -1,4 +1,4 @@
-"""The README's figures and results table, from the logs and checkpoints of runs.
+"""The figures and tables of README and RESULTS, from the logs and checkpoints of runs.
 
     python plot.py --run out/dpo
     python plot.py --prefix prefix.log

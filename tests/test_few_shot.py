@@ -673,7 +673,7 @@ def test_evaluate_names_what_is_wrong_with_a_context(users, arguments, named, co
 
 
 def test_the_commands_on_the_worlds_users_in_miniature(workplace, monkeypatch, command):
-    """README's, with fewer rows and steps."""
+    """RESULTS.md's, with fewer rows and steps."""
     for name, n in (("TRAIN_COUPLES", 1), ("TRAIN_PAIRS", 40), ("SFT_USERS", 2), ("SFT_ROWS", 50),
                     ("EVAL_COUPLES", 1)):  # fmt: skip
         monkeypatch.setattr(world, name, n)

@@ -1,4 +1,4 @@
-"""What the README says exists: commands, options, files, columns."""
+"""What README and RESULTS say exists: commands, options, files, places, columns."""
 
 import importlib
 import json
@@ -13,11 +13,12 @@ import evaluate
 import plot
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"python (\w+)\.py((?: [^\n#]*)?)", README.replace("\\\n", " "))
+README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "RESULTS.md"))
+BOTH = f"{README}\n{RESULTS}"
+COMMANDS = re.findall(r"python (\w+)\.py((?: [^\n#]*)?)", BOTH.replace("\\\n", " "))
 
 
-def test_the_readme_shows_every_script():
+def test_every_script_is_shown():
     assert {name for name, _ in COMMANDS} == {
         "train_sft", "train_dpo", "train_btl", "evaluate", "sample", "data", "plot", "real",
         "people", "bench",
@@ -25,14 +26,25 @@ def test_the_readme_shows_every_script():
 
 
 @pytest.mark.parametrize(("name", "arguments"), COMMANDS)
-def test_commands_of_the_readme_have_valid_options(name, arguments):
+def test_commands_have_valid_options(name, arguments):
     arguments = re.split("[`|]", arguments)[0].replace("$s", "1")
     common.parse_options(importlib.import_module(name).Options, shlex.split(arguments))
 
 
-def test_files_of_the_readme_exist():
-    for name in re.findall(r"`([\w/]+\.(?:py|md|png))`|\((assets/[\w.]+)\)", README):
+def test_files_exist():
+    for name in re.findall(r"`([\w/]+\.(?:py|md|png))`|\((assets/[\w.]+)\)", BOTH):
         assert (ROOT / (name[0] or name[1])).exists(), name
+
+
+def test_links_lead_somewhere():
+    def places(text):
+        heads = re.findall(r"(?m)^#+ (.*)$", text)
+        return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+    texts = {"README.md": README, "RESULTS.md": RESULTS}
+    for source, text in texts.items():
+        for file, place in re.findall(r"\]\(([\w.]*)#([\w-]+)\)", text):
+            assert place in places(texts[file or source]), place
 
 
 def test_metrics_of_the_readme_are_those_of_eval_json():
