@@ -81,7 +81,7 @@ def call(function, arguments, pipe):
     common.keep_memory()  # for the peers as for us
     try:
         with open(os.devnull, "w") as f, contextlib.redirect_stdout(f), \
-                contextlib.redirect_stderr(f):  # fmt: skip
+                contextlib.redirect_stderr(f):
             found = function(*arguments)
         peak = peak_memory()
         if torch.cuda.is_available():
@@ -171,7 +171,7 @@ class Job:
             lora_rank=self.lora_rank, epochs=1.0, batch_size=self.batch_size, sft_weight=0.0,
             learning_rate=1e-6, warmup_steps=0, log_every=1000,
             device=self.device, precision=self.precision,
-        )  # fmt: skip
+        )
 
 
 def train_ours(job):
@@ -184,14 +184,14 @@ def train_ours(job):
     lines = Path("out/run/log.jsonl").read_text().splitlines()
     steps = [line for line in map(json.loads, lines) if "seconds" in line]
     return {"seconds": seconds, "step_seconds": sum(step["seconds"] for step in steps),
-            "loss": sum(step["loss"] for step in steps) / len(steps)}  # fmt: skip
+            "loss": sum(step["loss"] for step in steps) / len(steps)}
 
 
 KERNELS = {  # of a profile's operators: part of a name
     "products": ("aten::mm", "aten::addmm", "mkldnn"),
     "attention": ("attention", "aten::bmm"), "softmax": ("softmax", "logsumexp", "aten::exp_"),
     "copies": ("copy_", "fill_"), "indexing": ("index", "scatter", "cat"), "optimizer": ("adam",),
-}  # fmt: skip
+}
 
 
 def profile_ours(job):
@@ -206,7 +206,7 @@ def profile_ours(job):
         spent = {event.key: event.self_cpu_time_total for event in operators}
     for key, time_spent in spent.items():
         kind = next((kind for kind, parts in KERNELS.items()
-                     if any(part in key for part in parts)), "rest")  # fmt: skip
+                     if any(part in key for part in parts)), "rest")
         shares[kind] += time_spent / sum(spent.values())
     return shares
 
@@ -233,7 +233,7 @@ def train_trl(job, at_once):
     rows = [examples[i] for i in order]
     rows = {"prompt_ids": [row.trunk for row in rows],
             "chosen_ids": [row.answers[0] for row in rows],
-            "rejected_ids": [row.answers[1] for row in rows]}  # fmt: skip
+            "rejected_ids": [row.answers[1] for row in rows]}
     start = time.perf_counter()
     model = transformers.AutoModelForCausalLM.from_pretrained(job.init_from, dtype=torch.float32)
     arguments = trl.DPOConfig(
@@ -244,11 +244,11 @@ def train_trl(job, at_once):
         gradient_checkpointing=False, train_sampling_strategy="sequential", logging_steps=1000,
         save_strategy="no", report_to="none", disable_tqdm=True,
         dataloader_pin_memory=job.device != "cpu",
-    )  # fmt: skip
+    )
     result = Trainer(
         model, None, arguments, train_dataset=datasets.Dataset.from_dict(rows),
         processing_class=transformers.AutoTokenizer.from_pretrained(job.init_from),
-    ).train()  # fmt: skip
+    ).train()
     return {"seconds": time.perf_counter() - start, "loss": result.training_loss}
 
 
@@ -307,7 +307,7 @@ def train(options, device, precision):
         best = min(runs, key=lambda run: run["seconds"])
         result[side] = best | {"pairs_per_second": len(rows) / best["seconds"],
                                "tokens_per_second": needed["tokens"] / best["seconds"],
-                               "peak_gib": max(run["peak_gib"] for run in runs)}  # fmt: skip
+                               "peak_gib": max(run["peak_gib"] for run in runs)}
     ours, peak = result["nanoAlign"], needed["matmul_peak"]
     result["matmul_gflops"] = peak / 1e9
     result |= {f"time_in_{name}": share for name, share in shares.items() if name != "peak_gib"}
@@ -350,7 +350,7 @@ def time_sampling(write, prompts):
     seconds = time.perf_counter() - middle
     return {"tokens_per_second_batch_1": sum(map(len, answers)) / (middle - start),
             "tokens_per_second_batch_8": sum(map(len, together)) / seconds,
-            "tokens": content_hash(answers, together)}  # fmt: skip
+            "tokens": content_hash(answers, together)}
 
 
 def sample_ours(init_from, prompts, device, precision):
@@ -390,7 +390,7 @@ def sample_transformers(init_from, prompts, device, precision):
 def sampling_operations(init_from, device, precision):
     """{"operations" of a new token in products, "matmul_peak"}."""
     return {"operations": 2 * sum(weights(init_from)),
-            "matmul_peak": matmul_peak(device, precision)}  # fmt: skip
+            "matmul_peak": matmul_peak(device, precision)}
 
 
 def sample(options, device, precision):
@@ -405,7 +405,7 @@ def sample(options, device, precision):
     sides |= {"transformers": sample_transformers} if options.vs else {}
     found = take_turns(sides, options.rounds, init_from, prompts, str(device), precision)
     result = {"prompt_tokens": [len(prompt) for prompt in prompts],
-              "different_prompts": len({*map(tuple, prompts)})}  # fmt: skip
+              "different_prompts": len({*map(tuple, prompts)})}
     keys = ("tokens_per_second_batch_1", "tokens_per_second_batch_8")
     for side, runs in found.items():
         result[side] = {key: max(run[key] for run in runs) for key in keys}
@@ -490,7 +490,7 @@ def prefix(options, device, precision):
     sides |= {"transformers": prefix_transformers} if options.vs else {}
     turns = take_turns(sides, options.rounds, init_from, str(device), precision)
     best = {side: {n: np.min([run["seconds"][n] for run in runs], axis=0).tolist()
-                   for n in runs[0]["seconds"]} for side, runs in turns.items()}  # fmt: skip
+                   for n in runs[0]["seconds"]} for side, runs in turns.items()}
     print("seconds    answers" + "".join(f"{size:>10}" for size in PREFIXES))
     for side, found in best.items():
         for n, seconds in found.items():
@@ -507,11 +507,6 @@ SHAPES = {
     "360M": (32, 15, 5, 960, 2560, 49152, True),  # SmolLM2
     "1.1B": (22, 32, 4, 2048, 5632, 32000, False),  # TinyLlama
 }
-
-
-def shape(name):
-    *sizes, vocab_size, tied = SHAPES[name]
-    return ModelConfig(vocab_size, 2048, *sizes, qk_norm=False, tied=tied)
 
 
 def write_model(folder, config):
@@ -553,8 +548,10 @@ def memory(options, device, precision):
     """
     result = {}
     for size in options.sizes:
+        *widths, vocab_size, tied = SHAPES[size]
+        config = ModelConfig(vocab_size, 2048, *widths, qk_norm=False, tied=tied)
         with tempfile.TemporaryDirectory() as folder:
-            n = in_process(write_model, Path(folder), shape(size))["parameters"]
+            n = in_process(write_model, Path(folder), config)["parameters"]
             write_pairs(Path(folder, "pairs.jsonl"), options.batch_size)
             found = result[size] = {"parameters": n}
             for method, rank in {"full": 0, "LoRA": options.lora_rank or 16}.items():

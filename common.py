@@ -252,7 +252,7 @@ RUN_FILES = (
     "config.json", "log.jsonl", "ckpt.pt", "eval.json", *WEIGHTS, "tokenizer.tiktoken",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "generation_config.json",
-)  # fmt: skip
+)
 
 
 def finished(folder):
@@ -267,7 +267,8 @@ def lineage(folder):
         found.append(folder.resolve())
         path = folder / "config.json"
         base = load_json(path).get("reference") if path.exists() else None
-        folder = folder / base["path"] if isinstance(base, dict) and "path" in base else folder
+        if isinstance(base, dict) and isinstance(base.get("path"), str):
+            folder = folder / base["path"]
     return found
 
 
@@ -374,7 +375,7 @@ def load_json(path):
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
@@ -441,11 +442,10 @@ def load_trained(model, tensors):
 
 def adamw(model, peak, weight_decay):
     """AdamW; weight decay on matrices only."""
-    groups = [
-        {"params": [p for p in trained(model).values() if p.dim() >= 2],
-         "weight_decay": weight_decay},
-        {"params": [p for p in trained(model).values() if p.dim() < 2], "weight_decay": 0.0},
-    ]  # fmt: skip
+    matrices = [p for p in trained(model).values() if p.dim() >= 2]
+    others = [p for p in trained(model).values() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay},
+              {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
 
 
@@ -511,8 +511,7 @@ def restore_checkpoint(folder, run_hash, model, optimizer, scaler):
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random_state"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        path = folder / "ckpt.pt"
-        raise UserError(f"{path}: truncated or of another model: {error}") from None
+        raise UserError(f"{folder}/ckpt.pt: truncated or of another model: {error}") from None
     return state["step"]
 
 
@@ -523,17 +522,17 @@ def run_hash(config, examples, *more):
     """
     how = {"out_dir", "overwrite", "resume", "save_every", "log_every", "device", "micro_tokens",
            "activation_checkpointing", "fsdp", "init_from", "data", "pref_data",
-           "tokenizer"}  # fmt: skip
+           "tokenizer"}
     options = {k: v for k, v in config["options"].items() if k not in how}
-    rows = [[example.trunk, example.answers] for example in examples]
+    rows = [example.tree for example in examples]
     start = (config.get("reference") or {}).get("hash")
     return content_hash(config | {"options": options, "reference": start}, rows, *more)
 
 
 def start_run(folder, options, config, run_hash, model, optimizer, scaler):
     """In a folder that is claimed, resume or write config.json: how many steps are done."""
-    learned, every = (sum(p.numel() for p in found)
-                      for found in (trained(model).values(), model.parameters()))
+    learned = sum(p.numel() for p in trained(model).values())
+    every = sum(p.numel() for p in model.parameters())
     print(f"{folder}: trains {learned:,} of {every:,} parameters")
     if on_first(clear, folder, options.overwrite):
         done = restore_checkpoint(folder, run_hash, model, optimizer, scaler)

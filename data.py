@@ -42,7 +42,7 @@ META_PROMPT = (*TEXT_TIERS, "examples")
 SPECIAL_TOKENS = (
     "<|system|>", "<|preference|>", "<|example|>", "<|chosen|>", "<|rejected|>",
     "<|user|>", "<|assistant|>", "<|end|>",
-)  # fmt: skip
+)
 
 # ---------------------------------------------------------------- tokenizer
 
@@ -548,7 +548,7 @@ def rated_pairs(prompt, completions, line):
                     "preference": f"What matters most to me is {name}.", "prompt": prompt,
                     "chosen": chosen, "rejected": rejected, "label_prob": 1.0, "where": line,
                     "meta": {"preference_name": name},
-                })  # fmt: skip
+                })
     return records
 
 
@@ -608,7 +608,7 @@ def encode(record, tokenizer, block_size, structure=0):
 
     is_cut = sum(map(len, contents)) < query_size
     trunk = tokenizer.render(record, contents if is_cut else None)
-    n_cut = sum(len(a) < len(b) for a, b in zip(kept, answers, strict=True))
+    n_cut = sum(len(answer) > answer_room for answer in answers)
     return Example(trunk, kept, is_cut, n_cut)
 
 
@@ -631,16 +631,12 @@ def placed(record):
 
 
 def cut_middle(contents, room):
-    """Shorten the longest of some token lists in its middle until all fit into `room`."""
-    excess = sum(map(len, contents)) - room
-    contents = list(contents)
-    while excess > 0:
-        i = max(range(len(contents)), key=lambda i: len(contents[i]))
-        second = max((len(c) for j, c in enumerate(contents) if j != i), default=0)
-        keep = max(len(contents[i]) - excess, min(second, len(contents[i]) - 1), 1)
-        excess -= len(contents[i]) - keep
-        contents[i] = contents[i][: (keep + 1) // 2] + contents[i][len(contents[i]) - keep // 2 :]
-    return contents
+    """Take tokens out of the middle of the longest list until all fit into `room`."""
+    sizes = list(map(len, contents))
+    for _ in range(sum(sizes) - room):
+        sizes[sizes.index(max(sizes))] -= 1
+    return [tokens[: (size + 1) // 2] + tokens[len(tokens) - size // 2 :]
+            for tokens, size in zip(contents, sizes, strict=True)]
 
 
 def encode_all(records, tokenizer, block_size, what):
@@ -670,15 +666,15 @@ def tree_size(example):
     return len(example.trunk) + sum(len(answer) - 1 for answer in example.answers)
 
 
-def micro_batches(examples, micro_tokens):
-    """Cut a list of examples into lists of indices, each of at most `micro_tokens` tree tokens.
+def micro_batches(examples, micro_tokens, rows=None):
+    """Cut `rows` of the examples, or all, into lists of at most `micro_tokens` tree tokens each.
 
     Longest first, so that trees of one batch are of like size. A tree that alone is larger gets a
     batch of its own.
     """
     sizes = [tree_size(e) for e in examples]
     batches, used = [], micro_tokens + 1
-    for i in sorted(range(len(examples)), key=lambda i: -sizes[i]):
+    for i in sorted(range(len(examples)) if rows is None else rows, key=lambda i: -sizes[i]):
         if used + sizes[i] > micro_tokens:
             batches.append([])
             used = 0
@@ -698,9 +694,7 @@ def shares(examples, micro_tokens, rank, world):
         least = used.index(min(used))
         dealt[least].append(i)
         used[least] += tree_size(examples[i])
-    batches = [[[mine[j] for j in rows]
-                for rows in micro_batches([examples[i] for i in mine], micro_tokens)]
-               for mine in dealt]  # fmt: skip
+    batches = [micro_batches(examples, micro_tokens, mine) for mine in dealt]
     idle = [([dealt[0][-1]], 0.0)] * (max(map(len, batches)) - len(batches[rank]))
     return [(rows, 1.0) for rows in batches[rank]] + idle
 

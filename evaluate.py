@@ -93,17 +93,13 @@ def pair_logps(model, examples, micro_tokens, progress="", z=None):
 
 
 def pair_logps_once(model, examples, micro_tokens, progress=""):
-    """The same, (pairs, 2), where rows have equal trunks and answers: computed once for all."""
-    trees, places = {}, []
-    for example in examples:
-        first = example.answers[0] <= example.answers[1]
-        answers = sorted(example.answers)
-        key = (tuple(example.trunk), *map(tuple, answers))
-        trees.setdefault(key, (len(trees), data.Example(example.trunk, answers)))
-        places.append((trees[key][0], [0, 1] if first else [1, 0]))
-    unique = [example for _, example in trees.values()]
-    logps = pair_logps(model, unique, micro_tokens, progress)
-    return torch.stack([logps[place][order] for place, order in places])
+    """`pair_logps`; rows of the same trunk and the same two answers, in any order, run once."""
+    keys = [(tuple(e.trunk), *sorted(map(tuple, e.answers))) for e in examples]
+    unique = list(dict.fromkeys(keys))
+    trees = [data.Example(trunk, answers) for trunk, *answers in unique]
+    found = dict(zip(unique, pair_logps(model, trees, micro_tokens, progress), strict=True))
+    return torch.stack([found[key] if e.answers[0] <= e.answers[1] else found[key].flip(0)
+                        for e, key in zip(examples, keys, strict=True)])
 
 
 def reference_logps(model, weights, examples, micro_tokens, progress):
@@ -118,8 +114,8 @@ def reference_logps(model, weights, examples, micro_tokens, progress):
     autocast = torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device))
     key = common.content_hash(
         weights, asdict(model.config), autocast, device, torch.__version__, code,
-        [[example.trunk, example.answers] for example in examples],
-    )  # fmt: skip
+        [example.tree for example in examples],
+    )
     path = Path("out/cache") / f"{key}.pt"
     if distributed.gather(path.exists())[0]:
         found = common.load_tensors(path)
@@ -223,7 +219,7 @@ def steerability(policy, policy_alone, reference, reference_alone, flips):
 
 
 METRICS = ("accuracy", "flip_accuracy", "accuracy_no_preference", "accuracy_opposite_preference",
-           "rewards_accuracy", "raw_accuracy")  # fmt: skip
+           "rewards_accuracy", "raw_accuracy")
 GENERATED = ("generated_axes_right", "generated_all_right", "generated_on_topic")
 
 
@@ -233,17 +229,15 @@ def mean_and_interval(rows, right, records, rng):
     Resampled are whole users where rows name several, else whole queries or, where few queries
     serve for all pairs, whole pairs.
     """
-    keys = {}
-    names = [few_shot.user_of(records[i]) if "user" in records[i]
-             else json.dumps(records[i]["prompt"]) for i in rows]
-    if not any("user" in record for record in records) or len(set(names)) == 1:
-        names = [json.dumps(records[i]["prompt"]) for i in rows]
-        if len(set(names)) < 20:
-            names = [pair_key(records[i]) for i in rows]
-    cluster = np.array([keys.setdefault(name, len(keys)) for name in names])
-    sums = np.bincount(cluster, weights=right, minlength=len(keys))
-    counts = np.bincount(cluster, minlength=len(keys))
-    draws = rng.multinomial(len(keys), np.full(len(keys), 1 / len(keys)), size=1000)
+    prompts = [json.dumps(records[i]["prompt"]) for i in rows]
+    names = [few_shot.user_of(records[i]) if "user" in records[i] else prompt
+             for i, prompt in zip(rows, prompts, strict=True)]
+    if names == prompts or len(set(names)) == 1:  # no users, or a single one
+        names = prompts if len(set(prompts)) >= 20 else [pair_key(records[i]) for i in rows]
+    clusters = {name: n for n, name in enumerate(dict.fromkeys(names))}
+    of_row, n = [clusters[name] for name in names], len(clusters)
+    sums, counts = np.bincount(of_row, weights=right), np.bincount(of_row)
+    draws = rng.multinomial(n, np.full(n, 1 / n), size=1000)
     low, high = np.percentile(draws @ sums / (draws @ counts), [2.5, 97.5])
     return float(np.mean(right)), [round(float(low), 4), round(float(high), 4)]
 
@@ -336,7 +330,7 @@ def evaluate(policies, reference, weights, tokenizer, datasets, micro_tokens,
             reference_logps(reference, weights, examples, micro_tokens, f"reference, {name}")
             for examples in (shown, alone)
         ]}
-        tokens = common.content_hash([[example.trunk, example.answers] for example in alone])
+        tokens = common.content_hash([example.tree for example in alone])
         for policy, model in policies.items():
             if model in logps:
                 continue
@@ -368,7 +362,7 @@ COLUMNS = {
     "accuracy_no_preference": "dropped", "accuracy_opposite_preference": "opposite",
     "rewards_accuracy": "rewards", "raw_accuracy": "raw", "generated_axes_right": "axes right",
     "generated_all_right": "all right", "generated_on_topic": "on topic",
-}  # fmt: skip
+}
 
 
 def percent(share):
@@ -486,7 +480,7 @@ def main(options):
         results = evaluate(
             {"policy": policy}, reference, weights_hash(folder), tokenizer, datasets,
             options.micro_tokens, options.max_new_tokens,
-        )["policy"]  # fmt: skip
+        )["policy"]
     print_table(results)
     save_report(path, results, folder, precision)
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 import data
 from common import UserError
@@ -70,27 +71,22 @@ class Contexts:
         if given:
             print(f"{given} of {len(records)} rows: their own examples give way to choices of "
                   "their users")
-        source = records if source is None else source
-        self.choices, self.of_user = list(map(choice, source)), defaultdict(list)
-        self.source, known, with_answer = source, set(), defaultdict(set)
-        for i, record in enumerate(source):
-            if not is_certain(record):
-                continue
-            user, (prompt, *answers) = user_of(record), pair_of(self.choices[i])
-            if (user, prompt, *answers) not in known:
-                known.add((user, prompt, *answers))
-                self.of_user[user].append(i)
-                for answer in answers:
-                    with_answer[user, prompt, answer].add(i)
-        self.rows = []  # of each record its user, and which choices of theirs are not elsewhere
-        for record in records:
-            user, (prompt, *answers) = user_of(record), pair_of(choice(record))
-            same = [with_answer.get((user, prompt, answer), set()) for answer in answers]
-            self.rows.append((user, set.union(*same)))
+        self.source = records if source is None else source
+        self.of_user = defaultdict(dict)  # {user: {pair: the first choice on it}}
+        for record in filter(is_certain, self.source):
+            found = choice(record)
+            self.of_user[user_of(record)].setdefault(pair_of(found), found)
+        self.rows = [(user_of(record), pair_of(choice(record))) for record in records]
+
+    def elsewhere(self, row):
+        """The choices that may be shown to a row."""
+        user, (prompt, *answers) = self.rows[row]
+        return [found for pair, found in self.of_user.get(user, {}).items()
+                if pair[0] != prompt or set(answers).isdisjoint(pair[1:])]
 
     def sizes(self):
         """How many choices there are to be shown to each record."""
-        return [len(self.of_user.get(user, ())) - len(same) for user, same in self.rows]
+        return [len(self.elsewhere(row)) for row in range(len(self.rows))]
 
     def require(self, records):
         """Raises UserError when there is nothing to show to any of the records.
@@ -108,10 +104,9 @@ class Contexts:
 
         With equal random states fewer are the beginning of more.
         """
-        user, same = self.rows[row]
-        pool = [i for i in self.of_user.get(user, ()) if i not in same]
+        pool = self.elsewhere(row)
         rng.shuffle(pool)
-        return [self.choices[i] for i in pool[:n]]
+        return pool[:n]
 
 
 def say_stated(records):
@@ -205,13 +200,10 @@ class Features:
 
 def context_tensors(features, contexts):
     """pairs (B, N, 2, F) and present (B, N) of B lists of at most N choices, as `Encoder` likes."""
-    longest = max(1, *map(len, contexts))
-    sizes = torch.tensor([len(context) for context in contexts])
-    present = torch.arange(longest) < sizes[:, None]
     found = features([choice for context in contexts for choice in context])
-    pairs = found.new_zeros(len(contexts), longest, *found.shape[1:])
-    pairs[present] = found
-    return pairs, present.to(found)
+    pairs = found.split(list(map(len, contexts)))
+    present = [found.new_ones(len(context)) for context in contexts]
+    return pad_sequence(pairs, batch_first=True), pad_sequence(present, batch_first=True)
 
 
 def latents(model, records, features=None, at_once=2**14):

@@ -51,17 +51,17 @@ def read_config(path):
     layers = asked.get("layer_types") or []
     if not isinstance(layers, list):
         refuse("layer_types", "must be a list")
-    windowed = family == "mistral" or asked.get("use_sliding_window")
-    if windowed and family != "mistral":
+    windowed = family == "mistral"
+    if asked.get("use_sliding_window") and not windowed:
         full_layers = asked.get("max_window_layers", 28)
         if not isinstance(full_layers, int):
             refuse("max_window_layers", "must be a whole number")
-        windowed = full_layers < number("num_hidden_layers")
-        windowed = "sliding_attention" in layers if layers else windowed
+        beyond = full_layers < number("num_hidden_layers")
+        windowed = "sliding_attention" in layers if layers else beyond
     window = asked.get("sliding_window", 4096) if windowed else None
     if window is not None and not (is_positive(window) and window >= context):
         refuse("sliding_window", "a window is not supported; the model is exact up to that "
-               f"length, with max_position_embeddings {window} instead of {context}")  # fmt: skip
+               f"length, with max_position_embeddings {window} instead of {context}")
     exact = ["full_attention", "sliding_attention"] if windowed else ["full_attention"]
     if any(kind not in exact for kind in layers):
         refuse("layer_types", f"must all be {' or '.join(exact)}")
@@ -83,7 +83,7 @@ def read_config(path):
         norm_eps=number("rms_norm_eps", kind=int | float),
         qk_norm=family == "qwen3", qkv_bias=family == "qwen2",
         tied=bool(asked.get("tie_word_embeddings", False)),
-    )  # fmt: skip
+    )
 
 
 def is_positive(value, kind=int | float):
@@ -177,9 +177,10 @@ def read_weights(folder, config):
     """
     safetensors = needed("safetensors")
     files, names = weight_files(folder), their_names(config)
-    known = {name for theirs in names.values() for name in theirs} | {"lm_head.weight"}
-    left = sorted(name for name in files.keys() - known if not name.endswith("rotary_emb.inv_freq"))
-    lacking = sorted(known - files.keys() - {"lm_head.weight" if config.tied else ""})
+    required = {name for theirs in names.values() for name in theirs}
+    lacking = sorted(required - files.keys())
+    left = sorted(name for name in files.keys() - required - {"lm_head.weight"}
+                  if not name.endswith("rotary_emb.inv_freq"))
     for what, found in (("missing", lacking), ("not of this model's config", left)):
         if found:
             raise UserError(f"{folder}: tensor {found[0]}: {what}")
@@ -317,7 +318,7 @@ def their_config(config, tokenizer):
         "tie_word_embeddings": config.tied, "dtype": "float32", "torch_dtype": "float32",
         "bos_token_id": None, "pad_token_id": tokenizer.end,
         "eos_token_id": tokenizer.ends if len(tokenizer.ends) > 1 else tokenizer.end,
-    }  # fmt: skip
+    }
 
 
 def their_weights(model):
@@ -355,9 +356,9 @@ def save_native_tokenizer(folder, tokenizer, block_size):
         if piece[:i] in text and piece[i:] in text
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": False}  # fmt: skip
+                  "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated",
-             "invert": False}  # fmt: skip
+             "invert": False}
     common.save_json(folder / "tokenizer.json", {
         "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
         "added_tokens": [
@@ -372,9 +373,9 @@ def save_native_tokenizer(folder, tokenizer, block_size):
             "ignore_merges": True, "merges": merges,
             "vocab": {text[piece]: rank for piece, rank in tokenizer.ranks.items()},
         },
-    })  # fmt: skip
+    })
     common.save_json(folder / "tokenizer_config.json", {
         **AS_IT_IS, "model_max_length": block_size,
         "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
         "eos_token": "<|end|>", "pad_token": "<|end|>",
-    })  # fmt: skip
+    })

@@ -39,7 +39,7 @@ TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", *CONFIGS)
 # Makes transformers read tokenizer.json as it is: of some classes (LlamaTokenizer, GPT2Tokenizer)
 # its version 5 builds the tokenizer anew, which then gives other ids.
 AS_IT_IS = {"tokenizer_class": "PreTrainedTokenizerFast",
-            "model_input_names": ["input_ids", "attention_mask"]}  # fmt: skip
+            "model_input_names": ["input_ids", "attention_mask"]}
 
 # ---------------------------------------------------------------- added tokens
 
@@ -104,7 +104,7 @@ COMMON_REGEX = regex.compile(r"""(?:
   | (?: \) | \\p\{[LMNPSZ][a-z]?\} | \\[sSrntd] | \\[^\w\s] | [^\\\[\](){}?*+|.^$]
       | \[\^?(?: \\p\{[LMNPSZ][a-z]?\} | \\[sSrntd] | \\[^\w\s] | (?!&&|--|~~)[^\\\[\]] )+\] )
     (?: (?: [?*+]\+? | \{\d+(?:,\d*)?\} ) (?![+?]) )?
-)+""", regex.X)  # fmt: skip
+)+""", regex.X)
 
 # How a vocabulary spells bytes: those that show as themselves, the others from U+0100 on.
 SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -186,7 +186,7 @@ class ByteLevel:
         if any(s["type"] != "NFC" for s in steps_of(spec.get("normalizer"), "normalizers")):
             raise Unsupported("its field 'normalizer'")
         for field in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
-                      "byte_fallback"):  # fmt: skip
+                      "byte_fallback"):
             if model.get(field):
                 raise Unsupported(f"its field 'model.{field}'")
         following = len(model["vocab"])  # the library numbers added tokens itself
@@ -209,7 +209,7 @@ class ByteLevel:
                 raise ValueError(f"field 'model.merges': {a} {b}: not in the vocabulary")
         priority = {pair: i for i, pair in enumerate(pairs)}
         vocab = {token: i for token, i in model["vocab"].items() if BYTE_OF.keys() >= set(token)
-                 and not (token in special and len(token) > 1)}  # fmt: skip
+                 and not (token in special and len(token) > 1)}
         made = {a + b: last_parts(a + b, priority) for a, b in pairs if a + b in vocab}
         ranks = {token: priority[parts] for token, parts in made.items() if parts in priority}
         lacking = [c for c in BYTE_OF if c not in vocab]
@@ -406,10 +406,10 @@ class HfTokenizer:
         spec = load_json(folder / "tokenizer.json")
         names = [name for name in (*TOKENIZER_FILES, *MODEL_CONFIGS) if (folder / name).exists()]
         found = {name: load_json(folder / name) if name in names else {}
-                 for name in (*CONFIGS, *MODEL_CONFIGS)}  # fmt: skip
+                 for name in (*CONFIGS, *MODEL_CONFIGS)}
         config = found[CONFIGS[0]] | found[CONFIGS[1]]
         self.variables = {k: content_of(v) for k, v in config.items()
-                          if k.endswith("_token") and isinstance(content_of(v), str)}  # fmt: skip
+                          if k.endswith("_token") and isinstance(content_of(v), str)}
         ids = known_ids(*(found[name] for name in MODEL_CONFIGS))
         self.read(spec, config, sum(ids.values(), []))
         self.files = {name: (folder / name).read_bytes() for name in names if name != "config.json"}
@@ -515,12 +515,12 @@ class HfTokenizer:
         query = turns[first] | {"content": f"{meta}\n\n{turns[first]['content']}"}
         return [*turns[:first], query, *turns[first + 1 :]]
 
-    def fill(self, roles, with_meta, with_answer):
+    def fill(self, roles, with_meta, to_answer):
         """The template's text for some turns, with a sentinel for each content."""
         turns = [{"role": role, "content": sentinel}
-                 for sentinel, role in by_sentinel(roles, 1).items()]  # fmt: skip
+                 for sentinel, role in by_sentinel(roles, 1).items()]
         messages = self.messages(turns, META * with_meta)
-        text = self.attempt(self.rendered, messages=messages, add_generation_prompt=with_answer)
+        text = self.attempt(self.rendered, messages=messages, add_generation_prompt=to_answer)
         if sorted(SENTINEL.findall(text)) != [*META * with_meta, *by_sentinel(roles, 1)]:
             raise UserError(f"{self.template_path}: field 'chat_template': does not show each of "
                             f"the turns {', '.join(m['role'] for m in messages)} once")

@@ -89,7 +89,7 @@ class Trees:
             attention(take(q, group.queries), take(k, group.keys), take(v, group.keys), group.mask)
             .transpose(1, 2).flatten(2).flatten(0, 1)
             for group in self.groups
-        ]  # fmt: skip
+        ]
         return torch.cat(outputs).index_select(0, self.places)
 
 
@@ -364,12 +364,11 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_size, config.norm_eps)
 
     def forward(self, x, trees, cos, sin, cache=None):
-        x = self.qkv(x).unflatten(-1, (-1, self.head_size))  # (T, H + 2 * KV, D)
-        qk, v = x.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_size))  # (T, H + 2 * KV, D)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         if self.q_norm is not None:
-            q, k = qk.split((self.n_head, self.n_kv_head), dim=1)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
-        q, k = rotate(qk, cos, sin).split((self.n_head, self.n_kv_head), dim=1)
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return self.out(trees.attend(q, k, v, cache))
 
 
@@ -443,7 +442,7 @@ class Encoder(nn.Module):
             nn.Linear(2 * n_features, n_hidden), nn.SiLU(),
             nn.Linear(n_hidden, n_hidden), nn.SiLU(),
             nn.Linear(n_hidden, 2 * n_latent),
-        )  # fmt: skip
+        )
 
     def forward(self, pairs, present):
         """Mean and variance of z, (B, n_latent) each.

@@ -184,9 +184,9 @@ def trait_features(statements, answers):
         own = [i for i, row in enumerate(statements) if row["trait"] == trait]
         signs = np.sign(np.linalg.svd(spread[:, own], full_matrices=False)[2][0])
         for i, sign in zip(own, signs, strict=True):
-            of = [float(row == statements[i][kind]) for kind, rows in
-                  (("trait", traits), ("facet", facets)) for row in rows]
-            table[statements[i]["statement"]] = torch.tensor(of) * float(sign)
+            row = statements[i]
+            hits = [row["trait"] == x for x in traits] + [row["facet"] == x for x in facets]
+            table[row["statement"]] = torch.tensor(hits) * float(sign)
     return table
 
 
@@ -302,9 +302,11 @@ def interval(right, records):
 
 def summary(found, records):
     """`interval` of each N of each kind, and of what the most choices gain over none."""
-    gains = {kind: {"gain": by_n[SIZES[-1]] - by_n[0]} for kind, by_n in found.items()}
-    return {kind: {n: interval(right, records) for n, right in (by_n | gains[kind]).items()}
-            for kind, by_n in found.items()}
+    result = {}
+    for kind, by_n in found.items():
+        by_n = by_n | {"gain": by_n[SIZES[-1]] - by_n[0]}
+        result[kind] = {n: interval(right, records) for n, right in by_n.items()}
+    return result
 
 
 def print_line(name, shares):

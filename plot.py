@@ -42,34 +42,12 @@ class Options:
                 raise UserError(f"--metrics {key}: must be among {', '.join(shares)}")
 
 
-def read_evaluations(path):
-    """The lines of log.jsonl that hold an evaluation."""
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not a log of whole lines: {error}") from None
-    evaluations = [line for line in lines if "eval" in line]
-    if not evaluations:
-        raise UserError(f"{path}: no evaluation in this log")
-    return evaluations
-
-
 def read_results(path):
     """{dataset name: {metric: value}} of an eval.json."""
     results = common.load_json(path).get("results")
     if not isinstance(results, dict) or not all(isinstance(x, dict) for x in results.values()):
         raise UserError(f"{path}: field 'results': must hold an object for each dataset")
     return results
-
-
-def draw(axes, steps, curves, title, chance):
-    for name, values in curves.items():
-        axes.plot(steps, [100 * v for v in values], label=name, linewidth=1.8)
-    axes.axhline(100 * chance, color="grey", linewidth=0.8, linestyle=":", label="chance")
-    axes.set(title=title, xlabel="DPO steps", ylabel="%", ylim=(-3, 103))
-    axes.legend(fontsize=8, loc="lower right")
 
 
 def read_groups(groups):
@@ -111,29 +89,39 @@ def print_table(groups, metrics):
         print(f"| `{dataset}` | " + " | ".join(cells) + " |")
 
 
-def main(options):
-    if options.table:
-        print_table(options.table, options.metrics)
-        return
+def read_evaluations(path):
+    """The lines of log.jsonl that hold an evaluation."""
     try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("plot.py needs matplotlib: pip install -r requirements-dev.txt") from None
-    if options.latent:
-        kind, figure = "latent", draw_latent(plt, options.latent)
-    elif options.choices:
-        kind, figure = "choices", draw_choices(plt, options.choices, options.metrics)
-    elif options.prefix:
-        kind, figure = "prefix", draw_prefix(plt, Path(options.prefix))
-    else:
-        kind, figure = "listening", draw_run(plt, Path(options.run) / "log.jsonl")
-    path = Path(options.figure or f"assets/{kind}.png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--figure {path}: {common.first_line(error)}") from None
-    print(f"wrote {path}")
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a log of whole lines: {error}") from None
+    evaluations = [line for line in lines if "eval" in line]
+    if not evaluations:
+        raise UserError(f"{path}: no evaluation in this log")
+    return evaluations
+
+
+def draw(axes, steps, curves, title, chance):
+    for name, values in curves.items():
+        axes.plot(steps, [100 * v for v in values], label=name, linewidth=1.8)
+    axes.axhline(100 * chance, color="grey", linewidth=0.8, linestyle=":", label="chance")
+    axes.set(title=title, xlabel="DPO steps", ylabel="%", ylim=(-3, 103))
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def draw_run(plt, path):
+    evaluations = read_evaluations(path)
+    steps = [line["step"] for line in evaluations]
+    splits = {name: [line["eval"][name]["flip_accuracy"] for line in evaluations]
+              for name, first in evaluations[0]["eval"].items() if "flip_accuracy" in first}
+    by_axis = {axis: [line["by_axis"][axis] for line in evaluations]
+               for axis in evaluations[0].get("by_axis", {})}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    draw(left, steps, splits, "both rows of a flip right, by split", 0.25)
+    draw(right, steps, by_axis, "pairs right that differ on one axis", 0.5)
+    return figure
 
 
 def draw_prefix(plt, path):
@@ -147,24 +135,11 @@ def draw_prefix(plt, path):
     for (side, by_answers), style in zip(sides.items(), ("-", "--"), strict=False):
         for i, (n, seconds) in enumerate(by_answers.items()):
             axes.plot(sizes, seconds, style, color=f"C{i}", marker="o", markersize=3,
-                      label=f"{side}, {n} answer{'s' * (n != '1')}")  # fmt: skip
+                      label=f"{side}, {n} answer{'s' * (n != '1')}")
     axes.set(xlabel="tokens of the shared prefix", ylabel="seconds, forward and backward pass",
-             xscale="log", yscale="log", xticks=sizes, xticklabels=sizes)  # fmt: skip
+             xscale="log", yscale="log", xticks=sizes, xticklabels=sizes)
     axes.minorticks_off()
     axes.legend(fontsize=8)
-    return figure
-
-
-def draw_run(plt, path):
-    evaluations = read_evaluations(path)
-    steps = [line["step"] for line in evaluations]
-    splits = {name: [line["eval"][name]["flip_accuracy"] for line in evaluations]
-              for name, first in evaluations[0]["eval"].items() if "flip_accuracy" in first}
-    by_axis = {axis: [line["by_axis"][axis] for line in evaluations]
-               for axis in evaluations[0].get("by_axis", {})}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    draw(left, steps, splits, "both rows of a flip right, by split", 0.25)
-    draw(right, steps, by_axis, "pairs right that differ on one axis", 0.5)
     return figure
 
 
@@ -193,13 +168,13 @@ def draw_choices(plt, groups, metrics):
     if not curves:
         raise UserError("--choices: no run has any of these --metrics for several --context")
     figure, panels = plt.subplots(1, len(curves), figsize=(5.5 * len(curves), 4), squeeze=False,
-                                  constrained_layout=True)  # fmt: skip
+                                  constrained_layout=True)
     for axes, (metric, found) in zip(panels[0], curves.items(), strict=True):
         sizes = sorted(set().union(*found.values()))
         for i, (name, curve) in enumerate(found.items()):
             if curve:
                 low, mean, high = (list(map(f, curve.values()))
-                                   for f in (min, statistics.mean, max))  # fmt: skip
+                                   for f in (min, statistics.mean, max))
                 axes.plot(list(curve), mean, f"C{i}o-", markersize=3, label=name)
                 axes.fill_between(list(curve), low, high, color=f"C{i}", alpha=0.2)
         of_users = all("users, N=0" in run for runs in groups.values() for run in runs)
@@ -247,17 +222,42 @@ def draw_latent(plt, folder):
             axes.scatter(*points[rows].T, s=8, label=value)
         axes.set(title=axis, xlabel="first principal component", ylabel="second")
         axes.legend(fontsize=8)
-    of = [[i for i, record in enumerate(records) if record["user"] == user] for user in (0, 1)]
+    one, other = ([i for i, r in enumerate(records) if r["user"] == user] for user in (0, 1))
     asked = [{"prompt": prompt} for prompt in dict.fromkeys(r["prompt"] for r in records)][:40]
-    wanted = records[of[1][0]]["meta"]["values"]
-    shares = continuum(model, tokenizer, asked, z[of[0]].mean(0), z[of[1]].mean(0), wanted)
+    wanted = records[other[0]]["meta"]["values"]
+    shares = continuum(model, tokenizer, asked, z[one].mean(0), z[other].mean(0), wanted)
     for axis, found in shares.items():
         way = torch.linspace(0, 1, len(found)).tolist()
         grid.flat[-1].plot(way, [100 * x for x in found], label=wanted[axis])
     grid.flat[-1].set(title="from one user to the opposite one", xlabel="part of the way",
-                      ylabel="% of answers", ylim=(-3, 103))  # fmt: skip
+                      ylabel="% of answers", ylim=(-3, 103))
     grid.flat[-1].legend(fontsize=8)
     return figure
+
+
+def main(options):
+    if options.table:
+        print_table(options.table, options.metrics)
+        return
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("plot.py needs matplotlib: pip install -r requirements-dev.txt") from None
+    if options.latent:
+        kind, figure = "latent", draw_latent(plt, options.latent)
+    elif options.choices:
+        kind, figure = "choices", draw_choices(plt, options.choices, options.metrics)
+    elif options.prefix:
+        kind, figure = "prefix", draw_prefix(plt, Path(options.prefix))
+    else:
+        kind, figure = "listening", draw_run(plt, Path(options.run) / "log.jsonl")
+    path = Path(options.figure or f"assets/{kind}.png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--figure {path}: {common.first_line(error)}") from None
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

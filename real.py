@@ -45,7 +45,7 @@ class Options:
         common.at_least(
             self, 0, "polite_copies", "concise_copies", "concise_pairs", "concise_size",
             "personas_pairs", "seed",
-        )  # fmt: skip
+        )
 
 
 # Datasets in which a preference has many wordings, and its sides.

@@ -98,7 +98,7 @@ def load_run(folder, device, dtype):
             base = load_base(folder, config, sizes, device, dtype)
             model.features = few_shot.Features(for_inference(base), tokenizer)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError,
-            RuntimeError) as error:  # fmt: skip
+            RuntimeError) as error:
         if common.out_of_memory(error):
             raise
         reason = common.first_line(error)

@@ -55,9 +55,9 @@ class Options:
         common.at_least(
             self, 1, "context", "targets", "latent", "n_hidden", "n_layer", "steps", "batch_size",
             "seeds",
-        )  # fmt: skip
+        )
         common.at_least(self, 0, "kl_weight", "learning_rate", "weight_decay", "warmup_steps",
-                        "seed")  # fmt: skip
+                        "seed")
 
 
 def btl_loss(chosen_rewards, rejected_rewards):
@@ -128,6 +128,8 @@ def synthetic_accuracy(model, n, device, users=10000, targets=8):
 
 def synthetic(options, folder, device):
     """The table: accuracy by number of known choices, mean and spread over seeds."""
+    common.claim(folder, None, options.overwrite)
+    common.clear(folder, options.overwrite)
     torch.set_num_threads(1)  # products as small as these run slower on several
     found = defaultdict(list)
     for seed in range(options.seed, options.seed + options.seeds):
@@ -239,7 +241,7 @@ def on_files(options, folder, device):
         "model": {"n_features": features.table.shape[1], "n_latent": options.latent,
                   "n_hidden": options.n_hidden, "n_layer": options.n_layer},
         "tokenizer": tokenizer.describe(), "reference": start_of(options.init_from, folder),
-    }  # fmt: skip
+    }
     common.claim(folder, None, options.overwrite)
     common.clear(folder, options.overwrite)
     common.save_json(folder / "config.json", config | common.provenance())
@@ -258,12 +260,8 @@ def main(options):
     device, folder = common.pick_device(options.device), Path(options.out_dir or "out/btl")
     start = time.perf_counter()
     common.check_folder(folder, None, options.overwrite, options.init_from)
-    if options.pref_data == "synthetic":
-        common.claim(folder, None, options.overwrite)
-        common.clear(folder, options.overwrite)
-        synthetic(options, folder, device)
-    else:
-        on_files(options, folder, device)
+    work = synthetic if options.pref_data == "synthetic" else on_files
+    work(options, folder, device)
     print(f"{time.perf_counter() - start:.0f} s")
 
 

@@ -67,12 +67,12 @@ class Options:
         common.at_least(
             self, 1, "batch_size", "micro_tokens", "eval_every", "eval_pairs", "save_every",
             "log_every",
-        )  # fmt: skip
+        )
         common.at_least(
             self, 0, "sft_weight", "btl_weight", "epochs", "max_steps", "learning_rate",
             "warmup_steps", "weight_decay", "seed", "lora_rank", "block_size", "context",
             "latent",
-        )  # fmt: skip
+        )
         if self.fsdp and (self.lora_rank or self.latent):
             raise UserError("--fsdp trains the whole model: leave out --lora_rank and --latent")
         if self.context and self.blank_meta_prompt:
@@ -85,7 +85,7 @@ class Options:
 def dpo_loss(
     policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
     beta, label_prob=1.0,
-):  # fmt: skip
+):
     """The DPO loss of each pair (Rafailov et al. 2023, arXiv:2305.18290, Eq. 7).
 
     policy_*_logps, reference_*_logps: (pairs,) float32, sums over the answer's tokens, nats.
@@ -125,11 +125,10 @@ class Watch:
         for name, records in datasets:
             read = few_shot.without_examples(records) if latent else records
             # All of them, so that what does not fit is known before training.
-            size = reference.config.block_size
-            shown, alone = evaluate.encode_both(read, tokenizer, size, name)
-            records, shown, alone = records[:n_pairs], shown[:n_pairs], alone[:n_pairs]
-            alone = evaluate.pair_logps_once(reference, alone, micro_tokens)
-            self.sets.append((name, records, shown, alone, evaluate.find_flips(records)))
+            shown, alone = evaluate.encode_both(read, tokenizer, reference.config.block_size, name)
+            records, shown = records[:n_pairs], shown[:n_pairs]
+            alone_logps = evaluate.pair_logps_once(reference, alone[:n_pairs], micro_tokens)
+            self.sets.append((name, records, shown, alone_logps, evaluate.find_flips(records)))
 
     def look(self, policy):
         """Accuracy and flip accuracy by dataset, accuracy by axis on rows that differ in one."""
@@ -166,7 +165,7 @@ def first_stage(options, folder):
             micro_tokens=options.micro_tokens, fsdp=options.fsdp,
             activation_checkpointing=options.activation_checkpointing,
             device=options.device, precision=options.precision,
-        ))  # fmt: skip
+        ))
 
 
 def main(options):
@@ -188,9 +187,9 @@ def main(options):
         records = data.read_records(options.pref_data)
     eval_data = options.eval_data or (options.pref_data if in_world else "")
     held_out = evaluate.load_preferences(eval_data) if eval_data else []
-    trained = {json.dumps(record["prompt"]) for record in records}
+    asked = {json.dumps(record["prompt"]) for record in records}
     for name, rows in held_out:
-        known = sum(json.dumps(row["prompt"]) in trained for row in rows)
+        known = sum(json.dumps(row["prompt"]) in asked for row in rows)
         if known:
             print(f"{name}: {known} of {len(rows)} rows ask what training asks too")
     if options.blank_meta_prompt:
@@ -198,7 +197,7 @@ def main(options):
     order = common.DataOrder(
         evaluate.flip_groups(records),
         options.batch_size, options.epochs, options.max_steps, options.seed,
-    )  # fmt: skip
+    )
     if options.context:  # drawn anew each time that a row is taken
         records = few_shot.with_random_contexts(records, order.rows, options.context, options.seed)
         order.rows = list(range(len(records)))
@@ -210,14 +209,14 @@ def main(options):
     # 3. Models and tokenizer: the policy starts as the reference. Rows become trees of tokens.
     if not options.init_from:
         first_stage(options, Path(init_from))
-    frozen = common.PRECISIONS[precision]
+    dtype = common.PRECISIONS[precision]  # of weights that are not trained
     first = distributed.first_device(device, options.fsdp)
-    policy, tokenizer = load_start(init_from, first, frozen if options.lora_rank else torch.float32)
+    policy, tokenizer = load_start(init_from, first, dtype if options.lora_rank else torch.float32)
     adapt(policy, options.lora_rank, options.seed)
     if options.lora_rank:
         reference = AdaptersOff(policy)
     else:
-        reference = from_weights(policy.config, policy.named_parameters(), device, frozen)
+        reference = from_weights(policy.config, policy.named_parameters(), device, dtype)
         reference = for_inference(reference.eval())
     if options.latent:
         add_latent(policy, options.latent, options.seed)
@@ -229,7 +228,7 @@ def main(options):
     examples = data.encode_all(
         few_shot.without_examples(records) if options.latent else records,
         tokenizer, block_size, options.pref_data,
-    )  # fmt: skip
+    )
     e = options.label_smoothing
     label_probs = torch.tensor([r.get("label_prob", 1.0) for r in records])
     label_probs = (1 - e) * label_probs + e * (1 - label_probs)
@@ -237,7 +236,7 @@ def main(options):
         "stage": "dpo", "options": dataclasses.asdict(options), "precision": precision,
         "model": dataclasses.asdict(policy.config), "tokenizer": tokenizer.describe(),
         "reference": start_of(init_from, folder),
-    }  # fmt: skip
+    }
     run_hash = common.run_hash(config, examples, label_probs.tolist(), choices)
 
     # 4. Reference log-probabilities of every pair that the run will see; before --overwrite deletes
@@ -251,11 +250,11 @@ def main(options):
         reference_all[rows] = evaluate.reference_logps(
             reference, config["reference"]["hash"], [examples[i] for i in rows],
             options.micro_tokens, "reference",
-        )  # fmt: skip
+        )
         watch = Watch(
             held_out, options.eval_pairs, reference, tokenizer, options.micro_tokens,
             options.latent > 0,
-        )  # fmt: skip
+        )
         if options.latent:
             policy.features.read([choice for r in records for choice in r.get("examples", ())])
             policy.features.read(list(map(few_shot.choice, records)))
@@ -304,7 +303,7 @@ def main(options):
             losses, chosen_rewards, rejected_rewards = dpo_loss(
                 logps[:, 0], logps[:, 1], reference_now[:, 0], reference_now[:, 1],
                 options.beta, label_prob,
-            )  # fmt: skip
+            )
             lengths = logps.new_tensor([[len(a) for a in batch[i].answers] for i in micro])
             if step == 0:
                 margins = chosen_rewards - rejected_rewards
@@ -315,7 +314,7 @@ def main(options):
                 "loss/dpo": losses, "loss/sft": sft_losses,
                 "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
                 "logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1],
-            }  # fmt: skip
+            }
             if options.latent:  # a policy that does not listen yet teaches the encoder nothing
                 with common.autocast(device, precision):
                     rewards = few_shot.rewards(policy, [records[i] for i in micro_rows], trees.z)
@@ -341,7 +340,7 @@ def main(options):
             "rewards/accuracies": (margins > 0).float().mean().item(),
             "grad_norm": grad_norm, "learning_rate": rate,
             "tokens": sum(map(data.tree_size, batch)),
-        }  # fmt: skip
+        }
         common.log_step(log, bar, fields, start, options.log_every)
     bar.close()
 
@@ -353,7 +352,7 @@ def main(options):
             results = evaluate.evaluate(
                 policies, reference, config["reference"]["hash"], tokenizer, held_out,
                 options.micro_tokens,
-            )  # fmt: skip
+            )
             evaluate.print_comparison(results)
             evaluate.save_report(folder / "eval.json", results["after"], init_from, precision)
             if options.pref_data == "world":

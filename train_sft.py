@@ -57,16 +57,18 @@ class Options:
         common.at_least(
             self, 1, "n_layer", "n_head", "n_kv_head", "n_embd", "batch_size", "micro_tokens",
             "save_every", "log_every",
-        )  # fmt: skip
+        )
         common.at_least(
             self, 0, "epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay",
             "seed", "lora_rank", "block_size", "context",
-        )  # fmt: skip
+        )
         common.above_zero(self, "clip")
         if not self.init_from:
             raise UserError("--init_from: empty")
         if self.fsdp and self.lora_rank:
             raise UserError("--fsdp trains the whole model: leave out --lora_rank")
+        if self.lora_rank and self.init_from == "scratch":
+            raise UserError("--lora_rank needs a model to start from: --init_from")
 
 
 def new_model(options, vocab_size):
@@ -98,7 +100,7 @@ def main(options):
     order = common.DataOrder(
         [[i] for i in range(len(records))],
         options.batch_size, options.epochs, options.max_steps, options.seed,
-    )  # fmt: skip
+    )
     if options.context:  # drawn anew each time that a row is taken
         records = few_shot.with_random_contexts(records, order.rows, options.context, options.seed)
         order.rows = list(range(len(records)))
@@ -107,13 +109,11 @@ def main(options):
     # 3. Model and tokenizer. Rows become trees of tokens.
     first = distributed.first_device(device, options.fsdp)
     if not init_from:
-        if options.lora_rank:
-            raise UserError("--lora_rank needs a model to start from: --init_from")
         tokenizer = data.load_tokenizer(options.tokenizer)
         model = new_model(options, tokenizer.vocab_size).to(first)
     else:
-        frozen = common.PRECISIONS[precision] if options.lora_rank else torch.float32
-        model, tokenizer = load_start(init_from, first, frozen)
+        dtype = common.PRECISIONS[precision] if options.lora_rank else torch.float32
+        model, tokenizer = load_start(init_from, first, dtype)
         for name in ("tokenizer", "n_layer", "n_head", "n_kv_head", "n_embd"):
             if getattr(options, name) != getattr(Options, name):
                 print(f"--{name} is left aside: the model of --init_from has its own")
@@ -130,7 +130,7 @@ def main(options):
     config = {
         "stage": "sft", "options": dataclasses.asdict(options), "precision": precision,
         "model": dataclasses.asdict(model.config), "tokenizer": tokenizer.describe(),
-    }  # fmt: skip
+    }
     if init_from:
         config["reference"] = start_of(init_from, folder)
     run_hash = common.run_hash(config, examples)

@@ -463,10 +463,11 @@ def implied(rng, values, unseen):
 
 def contradicted(rng, value, winner):
     """Meta-prompt whose tiers disagree on an axis; the winner wants `value`."""
-    rule = state(rng, [value if winner == "system" else OPPOSITE[value]], SYSTEM_TEMPLATES)
+    loser = OPPOSITE[value]
+    system, user = (value, loser) if winner == "system" else (loser, value)
+    rule = state(rng, [system], SYSTEM_TEMPLATES)
     who = rng.choice(LAST_WORD[winner].split("|"))
-    wanted = value if winner == "user" else OPPOSITE[value]
-    return {"system": " ".join([rule, who]), "preference": state(rng, [wanted])}
+    return {"system": f"{rule} {who}", "preference": state(rng, [user])}
 
 
 def system_message(rng, values):
@@ -567,8 +568,8 @@ def user_pairs(evaluation=False, told=False):
         pairs = pool[20 * n : 20 * n + 20] if evaluation else rng.sample(pool, 20)
         for question, axis, texts in pairs:
             for i, values in enumerate((one, other)):
-                stated = rng.sample(list(values.values()), len(values))
-                rows.append({"preference": state(words, stated)} if told else {})
+                order = rng.sample(list(values.values()), len(values))  # drawn told or not, so
+                rows.append({"preference": state(words, order)} if told else {})  # pairs are equal
                 rows[-1] |= {"prompt": question, "chosen": texts[values[axis]],
                              "rejected": texts[OPPOSITE[values[axis]]], "user": 2 * n + i,
                              "meta": {"split": "users", "preference_name": values[axis],

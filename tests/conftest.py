@@ -49,7 +49,7 @@ def tiny_run(tmp_path, byte_tokenizer):
     config = ModelConfig(byte_tokenizer.vocab_size, 256, 1, 2, 1, 16, 32)
     model = Transformer(config).initialize(torch.Generator().manual_seed(0))
     about = {"stage": "sft", "model": dataclasses.asdict(config),
-             "tokenizer": byte_tokenizer.describe()}  # fmt: skip
+             "tokenizer": byte_tokenizer.describe()}
     common.save_json(folder / "config.json", about)
     common.save_tensors(folder / "model.pt", model.state_dict())
     byte_tokenizer.save(folder)

@@ -30,7 +30,7 @@ SIZES = ("--n_layer", 1, "--n_head", 2, "--n_kv_head", 1, "--n_embd", 16, "--blo
 def snapshot(folder):
     """{path: content} of all files below a folder, but for the locks of runs."""
     return {path: path.read_bytes() for path in Path(folder).rglob("*")
-            if path.is_file() and path.name != ".lock"}  # fmt: skip
+            if path.is_file() and path.name != ".lock"}
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def sft(byte_vocabulary, write_rows):
     """Arguments of an SFT run of one step; a later option replaces an earlier one."""
     rows = write_rows("sft.jsonl", RESPONSE)
     return ("--data", rows, "--tokenizer", byte_vocabulary, *SIZES, "--max_steps", 1,
-            "--device", "cpu", "--precision", "fp32")  # fmt: skip
+            "--device", "cpu", "--precision", "fp32")
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def dpo(tiny_run, write_rows):
     """Arguments of a DPO run of one step on one pair."""
     rows = write_rows("pairs.jsonl", PAIR)
     return ("--pref_data", rows, "--init_from", tiny_run, "--max_steps", 1, "--device", "cpu",
-            "--precision", "fp32")  # fmt: skip
+            "--precision", "fp32")
 
 
 # ---------------------------------------------------------------- rows
@@ -134,7 +134,7 @@ BAD_ROWS = {  # name -> (row, what the message must name besides file and line)
     "completion without response": ({"instruction": "Tea?", "completions": [{"annotations": {}}]},
                                     "'completions[0].response'"),
     "no instruction": ({"completions": []}, "'instruction'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BAD_ROWS)
@@ -211,7 +211,7 @@ def test_damaged_gzip(refused, tmp_path, dpo, damage):
         "flipped bits": whole[:middle] + b"\xff" * 40 + whole[middle + 40 :],
         "broken block": whole[:10] + b"\xff" * 40 + whole[50:],
         "checksum": whole[:-6],
-    }[damage])  # fmt: skip
+    }[damage])
     assert str(path) in refused(train_dpo, *dpo, "--pref_data", path, "--out_dir", tmp_path / "out")
 
 
@@ -306,6 +306,7 @@ BAD_CONFIGS = {
     "other special tokens": {"tokenizer": {"special_tokens": ["<a>"]}},
     "special tokens null": {"tokenizer": {"special_tokens": 3}},
     "model a list": {"model": [1]},
+    "nested too deep": DEEP,
     "size missing": {"model": {"vocab_size": None}},
     "size a text": {"model": {"n_layer": "four"}},
     "size zero": {"model": {"n_head": 0}},
@@ -372,7 +373,7 @@ def test_tokenizer_with_a_rank_twice(refused, tiny_run):
 def test_another_vocabulary_of_the_same_size_is_noticed(refused, tiny_run, byte_tokenizer):
     """Of the checkpoint itself, and of a reference beside it."""
     other = data.Tokenizer(byte_tokenizer.name, byte_tokenizer.pattern,
-                           {bytes([255 - i]): i for i in range(256)})  # fmt: skip
+                           {bytes([255 - i]): i for i in range(256)})
     folder = tiny_run.with_name("other")
     shutil.copytree(tiny_run, folder)
     other.save(folder)
@@ -404,12 +405,16 @@ def test_reference_that_has_gone_or_changed(refused, command, tiny_run, dpo, wri
 
 
 @pytest.mark.parametrize("reference", ["sft", {"hash": ""}, {"path": 3, "hash": ""}])
-def test_broken_reference_in_the_config(refused, tiny_run, write_rows, reference):
+def test_broken_reference_in_the_config(
+    command, refused, dpo, tiny_run, write_rows, tmp_path, reference
+):
     path = tiny_run / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"reference": reference}))
     rows = write_rows("pairs.jsonl", PAIR)
     message = refused(evaluate, "--ckpt", tiny_run, "--pref_data", rows, "--device", "cpu")
     assert str(path) in message
+    status, _, err = command(train_dpo, *dpo, "--out_dir", tmp_path / "run")
+    assert status == 0, err  # a start needs none
 
 
 # ---------------------------------------------------------------- no space
@@ -474,7 +479,7 @@ def test_no_space_on_saving_the_weights(command, sft, tmp_path, monkeypatch):
     assert err.splitlines()[-1] == f"error: {out / 'model.pt'}: cannot write: {NO_SPACE.strerror}"
     assert {path.name for path in snapshot(out)} == {
         "config.json", "log.jsonl", "tokenizer.tiktoken",
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.tiktoken", "log.jsonl"])
@@ -496,7 +501,7 @@ def test_no_space_on_writing_a_small_file(command, sft, tmp_path, monkeypatch, n
     assert status == 2 and "Traceback" not in err
     assert name in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ")
     assert not [path for path in snapshot(tmp_path) if path.name.startswith(name)
-                and path.parent.name == "out"]  # fmt: skip
+                and path.parent.name == "out"]
 
 
 def test_a_log_that_was_cut_off_is_mended_on_resuming(tmp_path):
@@ -693,7 +698,7 @@ def test_first_stage_lies_beside_the_folder_of_the_run(monkeypatch, write_rows, 
         train_dpo.main(train_dpo.Options(
             pref_data=rows, out_dir=f"{tmp_path}/mine/", device="cpu", micro_tokens=77,
             activation_checkpointing=True, fsdp=True,
-        ))  # fmt: skip
+        ))
 
 
 def test_folder_locked_by_another_process(refused, sft, tmp_path):
@@ -741,6 +746,6 @@ def test_a_reader_who_leaves_is_no_error(tmp_path):
     path.write_text(CHATTY.format(here=str(Path(common.__file__).parent)))
     buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     process = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env=buffered)  # fmt: skip
+                               stderr=subprocess.PIPE, text=True, env=buffered)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 0

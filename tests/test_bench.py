@@ -27,7 +27,7 @@ def last_line(command, *arguments):
 
 def test_training_is_measured_without_a_peer(workplace, command):
     result = last_line(command, "train", "--init_from", "tiny", "--pref_data", "pairs.jsonl",
-                       "--pairs", "6", "--rounds", "1")  # fmt: skip
+                       "--pairs", "6", "--rounds", "1")
     assert result["nanoAlign"].keys() >= KEYS
     assert 0 < result["nanoAlign"]["step_seconds"] < result["nanoAlign"]["seconds"]
     assert 0 < result["share_of_peak_in_steps"] < 1
@@ -63,7 +63,7 @@ def test_memory_by_size_in_miniature(command, monkeypatch):
 def test_prefixes_are_timed_beside_transformers(smol, command):
     pytest.importorskip("transformers")
     found = last_line(command, "prefix", "--init_from", smol, "--vs", "transformers",
-                      "--rounds", "1")  # fmt: skip
+                      "--rounds", "1")
     for side in ("nanoAlign", "transformers"):
         seconds = found["prefix_seconds"][side]
         assert seconds.keys() == {"1", "2", "8"} and all(len(x) == 4 for x in seconds.values())
@@ -101,7 +101,7 @@ def test_training_beside_trl(smol, command):
     pytest.importorskip("trl")
     result = last_line(command, "train", "--init_from", smol, "--pref_data", "pairs.jsonl",
                        "--pairs", "6", "--batch_size", "2", "--rounds", "1",
-                       "--vs", "trl")  # fmt: skip
+                       "--vs", "trl")
     ours, theirs = result["nanoAlign"], [result["TRL by 1"], result["TRL by 2"]]
     for side in theirs:
         assert side.keys() >= KEYS
@@ -118,11 +118,11 @@ def test_sampling_writes_the_tokens_of_transformers(smol, command, write_rows):
     row = {"preference": "Be brief.", "chosen": "a", "rejected": "b"}
     write_rows("eight.jsonl", *(row | {"prompt": f"What is {word}?"} for word in "abcdefgh"))
     result = last_line(command, "sample", "--init_from", smol, "--pref_data", "eight.jsonl",
-                       "--rounds", "1", "--vs", "transformers")  # fmt: skip
+                       "--rounds", "1", "--vs", "transformers")
     assert result["same_tokens"]
     for size in ("1", "8"):
         both = [result[side][f"tokens_per_second_batch_{size}"]
-                for side in ("nanoAlign", "transformers")]  # fmt: skip
+                for side in ("nanoAlign", "transformers")]
         assert result[f"tokens_per_second_ratio_batch_{size}"] == pytest.approx(both[0] / both[1])
         model, _ = load_checkpoint(smol, torch.device("cpu"))
         n = sum(p.numel() for p in (*model.blocks.parameters(), model.head_weight))
@@ -136,7 +136,7 @@ def test_sampling_writes_the_tokens_of_transformers(smol, command, write_rows):
     (["memory", "--vs", "trl"], "no peer"),
     (["train", "--vs", "trl", "--lora_rank", "2"], "--lora_rank"),
     (["sample", "--init_from", ".", "--pref_data", "x", "--vs", "transformers"], "--vs transf"),
-])  # fmt: skip
+])
 def test_bench_names_what_it_cannot_do(arguments, named, command):
     status, _, err = command(bench, *arguments)
     assert status == 2 and named in err and len(err.splitlines()) == 1

@@ -30,7 +30,7 @@ STRANGE_TEXTS = (
     "👩‍👩‍👧‍👦🇩🇪👍🏽 ok", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \U0010ffff", "__init__ _a_ 1_000 ‿ ٣٤",
     "!!?...---==>>", "\u2028\u2029", "<|end|>", "<|endoftext|>", "l'été d'or it's",
     "\ud7ff\ue000\ufffd\uffff",
-)  # fmt: skip
+)
 
 
 def decode_with_marks(tokenizer, tokens):
@@ -89,7 +89,7 @@ def test_prompt_and_answer_are_tokenised_apart(world_tokenizer):
     assert all(trunk == trunks[0] for trunk in trunks)
     for text in answers:
         seen = {tuple(encode({"prompt": prompt, "response": text}, world_tokenizer, 64).answers[0])
-                for prompt in ("x", "x ", "x\n", "the guitar")}  # fmt: skip
+                for prompt in ("x", "x ", "x\n", "the guitar")}
         assert len(seen) == 1
 
 
@@ -355,7 +355,7 @@ def test_trl_message_lists(read):
 def test_trl_messages_with_a_system_turn_and_several_turns(read):
     rule, talk = turn("system", "Be kind."), [
         turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Tea?"),
-    ]  # fmt: skip
+    ]
     yes, no = turn("assistant", "Yes."), turn("assistant", "No.")
     rows = [
         {"prompt": [rule, *talk], "chosen": [yes], "rejected": [no]},
@@ -377,7 +377,7 @@ def test_hh_transcripts_of_several_turns(read):
     asked = [turn("user", "Hi"), turn("assistant", "Hello.\nHow are you?"), turn("user", "Tea?")]
     assert shown(record) == {"prompt": asked, "chosen": "Yes: tea.", "rejected": "No."}
     [single] = read({"chosen": "\n\nHuman: Tea?\n\nAssistant: Yes.",
-                     "rejected": "\n\nHuman: Tea?\n\nAssistant: No."})  # fmt: skip
+                     "rejected": "\n\nHuman: Tea?\n\nAssistant: No."})
     assert shown(single) == SIMPLE
 
 
@@ -472,7 +472,7 @@ def test_ultrafeedback_completions_become_pairs_for_each_aspect(read):
         completion("A", helpfulness="5", honesty="2"),
         completion("B", helpfulness="3", honesty="4"),
         completion("C", helpfulness="1", honesty="N/A"),
-    ]}  # fmt: skip
+    ]}
     records = read(row)
     found = {(r["meta"]["preference_name"], r["chosen"], r["rejected"]) for r in records}
     expected = {("helpfulness", *pair) for pair in ("AB", "AC", "BC")} | {("honesty", "B", "A")}
@@ -507,10 +507,10 @@ def test_helpsteer_prompts_of_several_turns(read, write_rows, capsys):
     for record in data.read_responses(str(write_rows("sft.jsonl", *rows))):
         assert record["prompt"] == asked
     [pair] = read({"prompt": prompt, "chosen": [turn("user", prompt), turn("assistant", "A")],
-                   "rejected": "B"})  # fmt: skip
+                   "rejected": "B"})
     assert shown(pair) == {"prompt": asked, "chosen": "A", "rejected": "B"}
     for spoilt in (prompt[:-4], prompt + "\n<extra_id_1>Assistant\nYes.",
-                   "Hi\n<extra_id_1>Assistant\n<extra_id_1>User\nTea?"):  # fmt: skip
+                   "Hi\n<extra_id_1>Assistant\n<extra_id_1>User\nTea?"):
         assert len(read(rows[0], rows[1], rows[0] | {"prompt": spoilt})) == 1
         assert "rows.jsonl:3: the first of 1 dialogues" in capsys.readouterr().out
 
@@ -523,12 +523,12 @@ def test_of_rated_completions_sft_learns_the_chosen_ones(write_rows):
     rows = map(data.chosen_as_response, data.read_responses(str(path)))
     assert [(row["prompt"], row["response"]) for row in rows] == [
         ("Tea?", "B"), ("Tea?", "A"), ("Tea?", "A"), ("Milk?", "D")
-    ]  # fmt: skip
+    ]
 
 
 def test_a_rated_row_keeps_its_system_message_or_says_that_it_is_ignored(read, capsys):
     rows = [{"system": "Be kind.", "prompt": "Tea?", "response": r, "helpfulness": i}
-            for i, r in enumerate("AB")]  # fmt: skip
+            for i, r in enumerate("AB")]
     [record] = read(*rows)
     assert record.get("system") == "Be kind." or "system" in capsys.readouterr().out
 
@@ -646,7 +646,7 @@ def test_responses_of_sft_rows_and_of_pairs(write_rows, world_tokenizer):
 def test_micro_batches_take_each_row_once_within_the_limit(limit):
     rng = random.Random(0)
     examples = [Example([0] * rng.randint(1, 60), [[0] * rng.randint(1, 30) for _ in range(2)])
-                for _ in range(100)]  # fmt: skip
+                for _ in range(100)]
     sizes = [data.tree_size(example) for example in examples]
     batches = micro_batches(examples, limit)
     assert sorted(i for batch in batches for i in batch) == list(range(100))

@@ -16,7 +16,7 @@ from tiny import DPO, SFT, command_line, read_log, user_rows, weights
 
 HERE = Path(__file__).parent.parent
 EQUAL = {"loss", "loss/dpo", "loss/sft", "rewards/chosen", "rewards/margins",
-         "logps/chosen", "rewards/accuracies", "learning_rate"}  # fmt: skip
+         "logps/chosen", "rewards/accuracies", "learning_rate"}
 
 
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone"]
@@ -27,9 +27,9 @@ def start(script, processes, **options):
     launcher = [*LAUNCHER, f"--nproc_per_node={processes}"]
     settings = (SFT if script == "train_sft.py" else DPO) | options
     command = [sys.executable, *(launcher if processes > 1 else []), str(HERE / script),
-               *command_line(settings)]  # fmt: skip
+               *command_line(settings)]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def train(script, processes, **options):
@@ -116,7 +116,7 @@ def test_no_process_goes_on_before_the_run_is_written(workplace):
     options = SFT | {"out_dir": "out/first", "device": "cpu"}
     Path("both.py").write_text(BOTH_STAGES.format(here=str(HERE), options=options))
     found = subprocess.run([sys.executable, *LAUNCHER, "--nproc_per_node=2", "both.py"],
-                           capture_output=True, text=True)  # fmt: skip
+                           capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
 
 
@@ -140,7 +140,7 @@ distributed.leave()
 def test_fsdp_holds_no_whole_gradient_between_the_passes_of_a_step(workplace):
     Path("sharded.py").write_text(SHARDED.format(here=str(HERE)))
     found = subprocess.run([sys.executable, *LAUNCHER, "--nproc_per_node=2", "sharded.py"],
-                           capture_output=True, text=True)  # fmt: skip
+                           capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
 
 
@@ -165,7 +165,7 @@ def test_what_was_printed_before_a_failure_is_not_lost(tmp_path):
     script += "print('seen'); distributed.leave(2)"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                           env=env | {"RANK": "0", "WORLD_SIZE": "2"})  # fmt: skip
+                           env=env | {"RANK": "0", "WORLD_SIZE": "2"})
     assert (found.returncode, found.stdout) == (2, "seen\n")
 
 
@@ -181,7 +181,7 @@ def test_shares_cover_a_step_once(byte_tokenizer):
         assert sorted(rows) == list(range(11))
         assert all(weight in (0.0, 1.0) and rows for batches in found for rows, weight in batches)
         tokens = [sum(data.tree_size(examples[i]) for rows, weight in batches if weight
-                      for i in rows) for batches in found]  # fmt: skip
+                      for i in rows) for batches in found]
         if world < 4:
             assert max(tokens) - min(tokens) <= max(map(data.tree_size, examples))
     alone = [rows for rows, _ in data.shares(examples, 120, 0, 1)]

@@ -76,7 +76,7 @@ def test_a_context_tells_nothing_of_the_answers_that_are_to_be_compared():
         return {"user": "u", "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
     rows = [row("p", "a", "b"), row("p", "c", "a"), row("p", "c", "d"), row("q", "a", "b"),
-            row("p", "d", "c"), row("p", "c", "d")]  # fmt: skip
+            row("p", "d", "c"), row("p", "c", "d")]
     drawn = few_shot.with_context(rows, 10)
     chosen = [sorted((c["prompt"], c["chosen"]) for c in r["examples"]) for r in drawn]
     assert chosen[0] == [("p", "c"), ("q", "a")]  # c over d, once
@@ -98,7 +98,7 @@ def test_a_user_is_the_same_as_a_number_and_as_text():
     rows = user_rows()
     as_text = [row | {"user": str(row["user"])} for row in rows]
     shown = [[r["examples"] for r in few_shot.with_context(some, 3, rows)]
-             for some in (rows, as_text)]  # fmt: skip
+             for some in (rows, as_text)]
     assert shown[0] == shown[1] and all(map(len, shown[0]))
 
 
@@ -136,7 +136,7 @@ def test_choices_are_taken_from_all_files_and_there_have_to_be_some(
     other = write_rows("other.jsonl", *[row | {"user": f"not {row['user']}"} for row in rows])
     for size, code in (("0", 0), ("2", 2)):
         status, _, err = command(evaluate, "--ckpt", "out/a", "--pref_data", "users.jsonl",
-                                 "--context", size, "--context_data", other)  # fmt: skip
+                                 "--context", size, "--context_data", other)
         assert status == code and ("nor any other's has a choice elsewhere" in err) == bool(code)
 
 
@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_known_before_anything_is_evaluated(users, monkeypa
     dpo("out/a", pref_data="users.jsonl", context=1, max_steps=1)
     monkeypatch.setattr(evaluate, "pair_logps", None)
     status, _, err = command(evaluate, "--ckpt", "out/a", "--pref_data", "users.jsonl",
-                             "--context", "0", "6")  # fmt: skip
+                             "--context", "0", "6")
     assert status == 2
     assert "users.jsonl:1: field 'examples' (or --context, --examples): with it" in err
 
@@ -408,7 +408,7 @@ def test_a_reward_model_needs_users_with_two_choices(users, write_rows, command)
     for extra, named in (({}, "no user has two choices"), ({"label_prob": 0.9}, "label_prob")):
         write_rows("one.jsonl", *[row | {"user": i} | extra for i, row in enumerate(user_rows())])
         status, _, err = command(train_btl, "--pref_data", "one.jsonl", "--init_from", "tiny",
-                                 "--out_dir", "out/r", "--device", "cpu")  # fmt: skip
+                                 "--out_dir", "out/r", "--device", "cpu")
         assert status == 2 and named in err and not Path("out/r").exists()
 
 
@@ -418,7 +418,7 @@ def test_a_reward_model_says_that_it_does_not_read_preferences(users, write_rows
         status, out, err = command(
             train_btl, "--pref_data", path, "--init_from", "tiny", "--out_dir", "out/r",
             "--device", "cpu", "--steps", "1", "--overwrite",
-        )  # fmt: skip
+        )
         assert status == 0, err
         assert ("made under a system message or preference" in out) is said
 
@@ -433,7 +433,7 @@ def test_a_reward_model_of_files_is_evaluated_like_the_others(
     asked = ("--ckpt", "out/r", "--pref_data", "users.jsonl", "--context", "0", "3", "9")
     write_rows("told.jsonl", *[row | {"preference": "Be brief."} for row in user_rows()])
     status, out, err = command(evaluate, "--ckpt", "out/r", "--pref_data", "told.jsonl",
-                               "--report", "told.json")  # fmt: skip
+                               "--report", "told.json")
     assert status == 0 and "does not read the rows' system messages and preferences" in out
     status, _, err = command(evaluate, *asked, "--report", "out")
     assert status == 2 and "--report out: is a folder" in err
@@ -464,7 +464,7 @@ def test_a_reward_model_of_files_is_evaluated_like_the_others(
     for arguments, named in ((run_btl, "--overwrite"), (run_btl[:2], "--out_dir"),
                              (run_btl[2:4], "--init_from"),
                              ((*run_btl[:2], "--out_dir", "out/q"), "--init_from"),
-                             (("--out_dir", "out/r"), "out/r")):  # fmt: skip
+                             (("--out_dir", "out/r"), "out/r")):
         status, _, err = command(train_btl, *arguments)
         assert status == 2 and named in err and len(err.splitlines()) == 1
     status, _, err = command(sample, "--ckpt", "out/r", "--prompt", "Hi", "--device", "cpu")
@@ -481,7 +481,7 @@ def test_np_dpo_learns_resumes_and_loads(users, how, write_rows):
     write_rows("others.jsonl", *rows[:-1], rows[-1] | {"user": 0})  # the same texts
     settings = LATENT | how | {"epochs": 6.0, "learning_rate": 5e-3, "save_every": 7,
                                "eval_data": "users.jsonl", "eval_every": 10, "sft_weight": 1.0,
-                               "btl_weight": 0.5}  # fmt: skip
+                               "btl_weight": 0.5}
     dpo("out/whole", **settings)
     log = read_log("out/whole")
     assert log[1]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
@@ -536,7 +536,7 @@ def test_the_weight_of_what_z_alone_is_to_learn(users):
     dpo("out/none", **settings, btl_weight=0.0)
     dpo("out/half", **settings, btl_weight=0.5)
     start, none, half = (weights(f"out/{name}")["reward_head.weight"]
-                         for name in ("start", "none", "half"))  # fmt: skip
+                         for name in ("start", "none", "half"))
     assert torch.equal(none, start) and (half - start).abs().max() > 1e-3
     first = [read_log(f"out/{name}")[0] for name in ("none", "half")]
     assert first[0]["loss/btl"] == first[1]["loss/btl"] > 0
@@ -615,7 +615,7 @@ def test_sample_reads_examples_as_the_checkpoint_was_trained(
     for name in ("short", "long", "both"):
         status, out, err = command(sample, "--ckpt", "out/a", "--prompt", "Do you like 9?",
                                    "--examples", f"{name}.jsonl", "--device", "cpu",
-                                   "--precision", "fp32")  # fmt: skip
+                                   "--precision", "fp32")
         assert status == 0, err
         assert ("the choices of 2 users" in out) == (name == "both")
         assert ("4 choices were made under a system message" in out) == (name == "long")
@@ -632,7 +632,7 @@ def test_sample_reads_examples_as_the_checkpoint_was_trained(
     assert "choices of 2 users" in capfd.readouterr().out
     write_rows("doubt.jsonl", *[row | {"label_prob": 0.9} for row in rows[:4]])
     status, _, err = command(sample, "--ckpt", "out/none", "--prompt", "Why?", "--examples",
-                             "doubt.jsonl")  # fmt: skip
+                             "doubt.jsonl")
     assert status == 2 and "--examples doubt.jsonl: no choice that is certain" in err
 
 
@@ -643,7 +643,7 @@ def test_sample_reads_examples_as_the_checkpoint_was_trained(
     ({"latent": 2, "pref_data": "users.jsonl"}, "no row has choices"),
     ({"context": 2, "blank_meta_prompt": True}, "exclude each other"),
     ({"init_from": "latent"}, "has a latent"),
-])  # fmt: skip
+])
 def test_what_cannot_be_is_named(users, options, named, command):
     if options.get("init_from"):
         dpo("latent", **LATENT)
@@ -651,7 +651,7 @@ def test_what_cannot_be_is_named(users, options, named, command):
         dpo("out/a", **options)
     if "init_from" in options:
         status, _, err = command(evaluate, "--ckpt", "tiny", "--pref_data", "users.jsonl",
-                                 "--reference", "latent")  # fmt: skip
+                                 "--reference", "latent")
         assert status == 2 and "--reference latent: has a latent" in err
         with pytest.raises(UserError, match=named):
             sft("out/a", init_from="latent")
@@ -662,10 +662,10 @@ def test_what_cannot_be_is_named(users, options, named, command):
     (["--context", "1", "--pref_data", "pairs.jsonl"], "field 'user'"),
     (["--context", "1", "--context_data", "none.jsonl"], "none.jsonl"),
     (["--context_data", "users.jsonl"], "--context_data needs --context"),
-])  # fmt: skip
+])
 def test_evaluate_names_what_is_wrong_with_a_context(users, arguments, named, command):
     status, _, err = command(evaluate, "--ckpt", "tiny", "--pref_data", "users.jsonl",
-                             "--device", "cpu", *arguments)  # fmt: skip
+                             "--device", "cpu", *arguments)
     assert status == 2 and named in err and len(err.splitlines()) == 1
 
 
@@ -675,7 +675,7 @@ def test_evaluate_names_what_is_wrong_with_a_context(users, arguments, named, co
 def test_the_commands_on_the_worlds_users_in_miniature(workplace, monkeypatch, command):
     """RESULTS.md's, with fewer rows and steps."""
     for name, n in (("TRAIN_COUPLES", 1), ("TRAIN_PAIRS", 40), ("SFT_USERS", 2), ("SFT_ROWS", 50),
-                    ("EVAL_COUPLES", 1)):  # fmt: skip
+                    ("EVAL_COUPLES", 1)):
         monkeypatch.setattr(world, name, n)
     start, users = ("--init_from", "out/sft"), ("--pref_data", "users")
     few = ("--device", "cpu", "--batch_size", "20", "--epochs", "1")
@@ -688,7 +688,7 @@ def test_the_commands_on_the_worlds_users_in_miniature(workplace, monkeypatch, c
          "--steps", "2", "--out_dir", "out/btl", "--device", "cpu"),
         *((evaluate, "--ckpt", f"out/{name}", *users, "--context", "0", "3", "--device", "cpu",
            "--max_new_tokens", "3") for name in ("np", "text", "btl")),
-    ):  # fmt: skip
+    ):
         status, out, err = command(*arguments)
         assert status == 0, (arguments, err)
     for name in ("np", "text", "btl"):
@@ -788,7 +788,7 @@ def test_the_figure_of_choices_has_mean_and_spread_of_runs(workplace, command):
     assert plot.by_size(runs, "accuracy") == {0: [50, 50], 4: [70, 90]}
     assert plot.by_size(runs, "generated_axes_right") == {}
     status, _, err = command(plot, "--choices", "both=a,b", "one=a", "--figure", "choices.png",
-                             "--metrics", "accuracy", "generated_axes_right")  # fmt: skip
+                             "--metrics", "accuracy", "generated_axes_right")
     assert status == 0, err
     assert Path("choices.png").read_bytes().startswith(b"\x89PNG")
     for wrong in (("x=none",), ("x=odd",), ("x=two",), ("x=a,two",), ("a",), ("x=a", "x=b")):
@@ -800,9 +800,9 @@ def test_the_figure_of_choices_has_mean_and_spread_of_runs(workplace, command):
 def test_on_the_way_between_two_latents_answers_change(monkeypatch):
     """At the ends the answers are those of the ends."""
     texts = [world.write_answer(world.draw_content(random.Random(0), True), style) for style in (
-        {axis: values[i] for axis, values in world.AXES.items()} for i in (0, 1))]  # fmt: skip
+        {axis: values[i] for axis, values in world.AXES.items()} for i in (0, 1))]
     monkeypatch.setattr(plot, "answer", lambda model, tokenizer, records, z: [
-        texts[int(row[0] > 0.5)] for row in z])  # fmt: skip
+        texts[int(row[0] > 0.5)] for row in z])
     wanted = {axis: values[1] for axis, values in world.AXES.items()}
     ends = torch.zeros(3), torch.ones(3)
     found = plot.continuum(None, None, [{"prompt": "a"}] * 2, *ends, wanted, steps=5)
@@ -885,7 +885,7 @@ def test_people_who_are_held_out_are_in_no_training_file(
     assert len({row["user"] for row in train}) == 8
     assert test == [row | {"user": f"other {row['user']}"} for row in read["test"]]
     status, _, err = command(people, "--data", tmp_path, "--test_data",
-                             tmp_path / "choices_train.jsonl")  # fmt: skip
+                             tmp_path / "choices_train.jsonl")
     assert status == 2 and "people of training" in err and len(err.splitlines()) == 1
 
 
@@ -899,7 +899,7 @@ def test_people_who_are_held_out_are_in_no_training_file(
     ("statements.jsonl", {"statement": "a", "trait": 3, "facet": "b"}, "field 'trait'"),
     ("answers_train.jsonl", {"person": 3, "answers": [1, 2]}, "field 'answers': must be a list"),
     ("answers_train.jsonl", {"person": 3, "answers": [9] * 300}, "field 'answers': must be 1"),
-])  # fmt: skip
+])
 def test_bad_data_of_people_is_named_and_nothing_is_written(
     tmp_path, write_rows, command, name, row, named
 ):
@@ -946,7 +946,7 @@ def test_the_ridge_is_chosen_on_people_of_training(alike):
             noise = 3 * alike * torch.randn((), generator=generator)
             one, other = (one, other) if wanted + noise > 0 else (other, one)
             yield {"user": str(person), "prompt": f"{i}?", "chosen": str(one),
-                   "rejected": str(other)}  # fmt: skip
+                   "rejected": str(other)}
 
     train, train_b = ([row for person in range(40) for row in choices(person, 200)] for _ in "ab")
     _, ridge = people.regression(train, train_b, {}, table)
@@ -985,7 +985,7 @@ def test_a_neural_process_infers_what_a_person_is_like(tmp_path, write_rows, fea
     records = people_data(write_rows, 200)
     files = people.split(*people.hold_out(records, 50, 0), 10)
     tests = {kind: {n: few_shot.with_context(files["test"], n, files[f"val-{kind}"])
-                    for n in (0, 20)} for kind in "ab"}  # fmt: skip
+                    for n in (0, 20)} for kind in "ab"}
     table = features(*read_people(tmp_path))
     found = people.neural_process(files["train"], tests, table, seed=0)
     for kind in "ab":  # no statement of b is in training

@@ -154,7 +154,7 @@ COUNTERPARTS = {
     "n_layer", "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "hidden_size":
     "n_embd", "intermediate_size": "n_hidden", "rms_norm_eps": "norm_eps", "head_dim": "head_size",
     "tie_word_embeddings": "tied",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
@@ -164,7 +164,7 @@ def test_absent_keys_are_refused_or_mean_what_they_mean_to_transformers(family, 
     path, read = tmp_path / "config.json", 0
     [name] = {name for name, (kind, _) in MODELS.items() if kind == family and "tied" not in name}
     for absent in ((), *COUNTERPARTS, ("rope_parameters", "sliding_window", "use_sliding_window",
-                   "max_window_layers", "layer_types")):  # fmt: skip
+                   "max_window_layers", "layer_types")):
         their_model(name).config.save_pretrained(tmp_path)
         change_config(tmp_path, **dict.fromkeys([absent] if isinstance(absent, str) else absent))
         try:
@@ -188,7 +188,7 @@ def test_absent_keys_are_refused_or_mean_what_they_mean_to_transformers(family, 
 
 PLAIN = {"model_type": "llama", "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80,
          "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
-         "max_position_embeddings": 256, "rms_norm_eps": 1e-5}  # fmt: skip
+         "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
 MISTRAL, QWEN2 = {"model_type": "mistral"}, {"model_type": "qwen2"}
 WINDOWED = QWEN2 | {"use_sliding_window": True, "max_window_layers": 1}
 LONG = {"max_position_embeddings": 5000}
@@ -235,7 +235,7 @@ REFUSED = {  # key that the message names -> configs
     **{key: [{key: x} for x in (0, -1, "6", True, [6], 6.5, math.nan, math.inf)]
        for key in PLAIN if key not in ("model_type", "rms_norm_eps")},
     "rms_norm_eps": [{"rms_norm_eps": x} for x in (0, -1e-5, "1e-5", True, math.nan, math.inf)],
-}  # fmt: skip
+}
 REFUSED["num_key_value_heads"] += [{"num_key_value_heads": 4}, {"num_key_value_heads": 12}]
 REFUSED["num_attention_heads"] += [{"num_attention_heads": 5, "num_key_value_heads": 5}]
 
@@ -272,7 +272,7 @@ def test_config_that_lacks_a_size_is_refused(tmp_path):
     WINDOWED | LONG | {"max_window_layers": 2}, {"is_causal": True},
     {"rope_scaling": None}, {"partial_rotary_factor": 1.0}, {"quantization_config": None},
     {"torch_dtype": "bfloat16", "attention_dropout": 0.0, "pretraining_tp": 1},
-])  # fmt: skip
+])
 def test_config_that_asks_for_nothing_special_is_read(change, tmp_path):
     """A window that no text reaches beyond changes nothing."""
     path = tmp_path / "config.json"
@@ -281,7 +281,7 @@ def test_config_that_asks_for_nothing_special_is_read(change, tmp_path):
         vocab_size=97, block_size=(PLAIN | change)["max_position_embeddings"], n_layer=2, n_head=6,
         n_kv_head=2, n_embd=48, n_hidden=80, rope_theta=10000.0, norm_eps=1e-5, qk_norm=False,
         qkv_bias="qwen2" in change.values(), head_size=8, tied=False,
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------- broken folders
@@ -321,7 +321,7 @@ def refusal(folder):
 @pytest.mark.parametrize("name", [
     "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight",
     "model.layers.1.self_attn.k_proj.weight", "model.layers.0.mlp.up_proj.weight",
-])  # fmt: skip
+])
 def test_missing_tensor(exported, name):
     tensors = tensors_of(exported)
     del tensors[name]
@@ -334,7 +334,7 @@ def test_missing_tensor(exported, name):
     "model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias",
     "model.layers.0.self_attn.q_norm.weight", "model.layers.0.mlp.gate_proj.weight_scale",
     "score.weight",
-])  # fmt: skip
+])
 def test_tensor_that_is_left_over(exported, name):
     write_tensors(exported, tensors_of(exported) | {name: torch.ones(3)})
     assert f"tensor {name}: " in refusal(exported)
@@ -362,7 +362,7 @@ def test_tied_head_that_is_not_the_embedding(exported):
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.v_proj.weight",
-                                  "lm_head.weight"])  # fmt: skip
+                                  "lm_head.weight"])
 def test_tensor_of_another_shape(exported, name):
     tensors = tensors_of(exported)
     write_tensors(exported, tensors | {name: tensors[name][:-1].clone()})
@@ -438,7 +438,7 @@ def test_broken_index(sharded, spoilt):
         "number": {"weight_map": where | {name: 3}},
         "list": {"weight_map": [*where]},
         "json": None,
-    }[spoilt]  # fmt: skip
+    }[spoilt]
     path.write_text(json.dumps(index)[: None if index else 2])
     named = {"file": "c.safetensors", "tensor": name, "outside": f"{sharded}/secret.safetensors"}
     assert named.get(spoilt, str(path)) in refusal(sharded)
@@ -473,7 +473,7 @@ def test_context_of_the_tokenizer_is_not_that_of_the_model(exported):
     tensors = tensors_of(exported)
     for rows in (config["vocab_size"] - 1, config["vocab_size"] + 56):
         padded = {name: torch.cat((tensors[name], torch.zeros(56, 32)))[:rows]
-                  for name in ("model.embed_tokens.weight", "lm_head.weight")}  # fmt: skip
+                  for name in ("model.embed_tokens.weight", "lm_head.weight")}
         write_tensors(exported, tensors | padded)
         change_config(exported, vocab_size=rows)
         if rows < config["vocab_size"]:
@@ -533,7 +533,7 @@ def test_exported_model_answers_the_same_texts(world_export, world_tokenizer):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for record in world.evaluation_pairs("seen")[:3]:
         messages = [{"role": "preference", "content": record["preference"]},
-                    {"role": "user", "content": record["prompt"]}]  # fmt: skip
+                    {"role": "user", "content": record["prompt"]}]
         ids = torch.tensor([render_of(tokenizer, messages)])
         asked = {tier: record[tier] for tier in ("preference", "prompt")}
         found = theirs.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
@@ -546,7 +546,7 @@ def random_texts(n):
     points = [chr(i) for i in range(0x3000) if not 0xD800 <= i < 0xE000]
     meeting = [*" \n\t\r_'1a.", "'s", "'LL", "  ", "the", "é", "e\u0301", "\u00a0", "中", "👍🏽"]
     return ["".join(rng.choices(rng.choice((meeting, points)), k=rng.randint(1, 25)))
-            for _ in range(n)]  # fmt: skip
+            for _ in range(n)]
 
 
 def test_exported_tokenizer_gives_our_ids(world_export, world_tokenizer):
@@ -556,7 +556,7 @@ def test_exported_tokenizer_gives_our_ids(world_export, world_tokenizer):
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == world_tokenizer.end
     rows = world.sft_rows()[::20] + world.training_pairs()[::20]
     own = {row[f] for row in rows for f in ("system", "preference", "prompt", "response", "chosen")
-           if f in row}  # fmt: skip
+           if f in row}
     assert len(own) > 300
     strange = [text for text in STRANGE_TEXTS if "<|" not in text]
     for text in [*own, *strange, *random_texts(1500)]:
@@ -594,7 +594,7 @@ def test_exported_chat_template_renders_as_we_do(world_export, world_tokenizer):
     talk = [{"role": role, "content": text} for role, text in
             (("user", "Hi \n"), ("assistant", " Hello. "), ("user", "\nHow do I cook?"))]
     for meta in ({}, {"system": "You are kind."}, {"preference": "Be brief.\n"},
-                 {"system": "You are\n\nkind.", "preference": " In a list."}):  # fmt: skip
+                 {"system": "You are\n\nkind.", "preference": " In a list."}):
         for prompt in ("How do I store the guitar?", talk, talk[:1], talk + talk[1:]):
             record = meta | {"prompt": prompt}
             messages = [{"role": tier, "content": text} for tier, text in meta.items()]
@@ -727,7 +727,7 @@ def test_sft_dpo_evaluation_and_export(start, rank):
     losses = [step["loss"] for step in read_log("out/sft")]
     assert losses[-1] < losses[0]
     run(train_dpo, pref_data="pairs.jsonl", init_from="out/sft", out_dir="out/dpo", lora_rank=rank,
-        eval_data="pairs.jsonl", **STEPS)  # fmt: skip
+        eval_data="pairs.jsonl", **STEPS)
     steps = [row for row in read_log("out/dpo") if "loss" in row]
     assert steps[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-4)
     assert steps[-1]["loss"] < steps[0]["loss"]
@@ -770,7 +770,7 @@ def test_answer_under_a_preference_is_that_of_transformers(smol):
     for row in pairs():
         meta = [row[tier] for tier in ("system", "preference") if tier in row]
         messages = [{"role": "system", "content": "\n\n".join(meta)},
-                    {"role": "user", "content": row["prompt"]}]  # fmt: skip
+                    {"role": "user", "content": row["prompt"]}]
         if "examples" not in row:
             ids = render_of(their_tokenizer, messages)
             assert tokenizer.render(row) == ids
@@ -789,7 +789,7 @@ def test_block_size_cuts_what_is_longer(start, write_rows, capsys):
         for block_size, limit in limits.items():
             folder = f"out/{module.__name__}-{block_size}"
             run(module, **{source: "pairs.jsonl"}, init_from=start, out_dir=folder,
-                block_size=block_size, **STEPS | {"max_steps": 1, "batch_size": 4})  # fmt: skip
+                block_size=block_size, **STEPS | {"max_steps": 1, "batch_size": 4})
             assert f"of 4 rows to fit {limit} tokens" in capsys.readouterr().out
             tokens.append(read_log(folder)[0]["tokens"])
             model, _ = sample.load_checkpoint(folder, CPU)
@@ -801,7 +801,7 @@ def test_block_size_cuts_what_is_longer(start, write_rows, capsys):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_changed_pretrained_weights_are_noticed(exported, workplace, rank):
     run(train_dpo, pref_data="pairs.jsonl", init_from="theirs", out_dir="out/dpo", lora_rank=rank,
-        **STEPS)  # fmt: skip
+        **STEPS)
     recorded = evaluated("out/dpo")
     assert evaluated("out/dpo", reference="theirs") == recorded
     tensors = tensors_of(exported)
@@ -835,7 +835,7 @@ def test_no_run_replaces_a_pretrained_model(exported, workplace):
         for init_from in ("tiny", "theirs"):
             with pytest.raises(UserError, match="--out_dir|in use"):
                 run(train_dpo, **DPO | STEPS | {"init_from": init_from}, out_dir="theirs",
-                    **options)  # fmt: skip
+                    **options)
         with pytest.raises(UserError, match="--out_dir|in use"):
             run(train_sft, **SFT | STEPS, out_dir="theirs", **options)
     found = {p.name: p.read_bytes() for p in exported.iterdir() if p.name != ".lock"}
@@ -895,12 +895,12 @@ def test_models_of_the_hub_are_found_in_its_cache(exported, tmp_path, monkeypatc
     for folder in ("out/run", "here/model", "org2"):
         (place / folder).mkdir(parents=True)
     names = ("org/name", "org/nothing", "out/nothing", "nothing", "a/b/c", "./org/name", "org2/x",
-             "here/model", str(place / "org/name"), "../org/name", "org/name/", "")  # fmt: skip
+             "here/model", str(place / "org/name"), "../org/name", "org/name/", "")
     environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(
         [sys.executable, "-c", ASK, json.dumps(names)], cwd=place, capture_output=True, text=True,
         env=os.environ | environment,
-    )  # fmt: skip
+    )
     assert ran.returncode == 0, ran.stderr
     found, (one_hash, other_hash, reference) = json.loads(ran.stdout.splitlines()[-1])
     assert found.pop("org/name") == reference == str(snapshots[0])

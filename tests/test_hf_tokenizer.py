@@ -44,7 +44,7 @@ TEXTS = (
     "x" + "".join(map(chr, range(33))) + "y\x7f\x80\x85\x9f", "a\x04b t\x04he \x1dth\x16e the\x04",
     "".join(f"{c}w{c}1{c}{c}2" for c in hf_tokenizer.WHITE_SPACE), "a" * 700,
     "\u200b\u2060\u180e\u200c a\u180eb", "\x1c\x1d\x1e\x1f \x1c1\x1ca",
-)  # fmt: skip
+)
 
 
 def texts():
@@ -54,16 +54,16 @@ def texts():
     """
     generator = random.Random(0)
     pieces = [*" \n\t'\r.,1٣aé中日\u0301\u212b\x04\x85\xa0", "'s", "'LL", "  ", "the", "<x>", "<|",
-              "|>", "the th"]  # fmt: skip
+              "|>", "the th"]
     for _ in range(400):
         yield "".join(generator.choices(pieces, k=generator.randint(1, 30)))
     planes = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x20000),
-              (0x10000, 0x33480), (0xE0000, 0x110000)]  # fmt: skip
+              (0x10000, 0x33480), (0xE0000, 0x110000)]
     for _ in range(400):
         spans = generator.choices(planes, k=20)
         chars = [chr(generator.randrange(*span)) for span in spans]
         yield "".join(c + generator.choice(["", "", " ", "1"])
-                      for c in chars if unicodedata.category(c) != "Cn")  # fmt: skip
+                      for c in chars if unicodedata.category(c) != "Cn")
     yield from TEXTS
     yield " ".join(TEXTS)
 
@@ -104,7 +104,7 @@ def train(kind, all_bytes=True, size=700):
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=alphabet, special_tokens=[*SPECIALS[:1]],
         show_progress=False,
-    )  # fmt: skip
+    )
     corpus = [text for text in TEXTS if all_bytes or text.isascii()] * 2
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens([*SPECIALS[1:]])
@@ -116,7 +116,7 @@ def with_added(spec, *contents, **flags):
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
     tokenizer.add_tokens([tokenizers.AddedToken(c, **{"normalized": False} | flags)
-                          for c in contents])  # fmt: skip
+                          for c in contents])
     return json.loads(tokenizer.to_str())
 
 
@@ -179,7 +179,7 @@ TEMPLATES = {
     {%- endif -%}
 {%- endfor -%}
 """,
-}  # fmt: skip
+}
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 EOS = {"__type": "AddedToken", "content": "</s>", "special": True} | FLAGS
 CONFIG = {"bos_token": "<s>", "eos_token": EOS}
@@ -192,7 +192,7 @@ def by_hand(**model):
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     model = {"type": "BPE", "vocab": vocab, "merges": []} | model
     return {"version": "1.0", "added_tokens": added, "normalizer": None, "model": model,
-            "pre_tokenizer": byte_level, "decoder": byte_level}  # fmt: skip
+            "pre_tokenizer": byte_level, "decoder": byte_level}
 
 
 @pytest.fixture
@@ -289,7 +289,7 @@ def test_entries_that_no_merge_makes(ignore_merges, as_text, write_folder):
     """
     vocab = {c: b for c, b in BYTE_OF.items()}
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("e", "l"), ("o", "o"), ("oo", "o"),
-              ("o", "oo")]  # fmt: skip
+              ("o", "oo")]
     for token in ("abcd", "wxyz", "\u0120abcd", *map("".join, merges)):
         vocab.setdefault(token, len(vocab))
     merges = [" ".join(m) for m in merges] if as_text else merges
@@ -349,7 +349,7 @@ CONTENTS = (
     "Hi", "What's 12 + 30?", "def f():\n    return 1", "naïve 你好 👩‍👩‍👧‍👦", "a <b> c", "x\n\n\ny",
     "1", "'s", "!", "\u0301e\u0301", ">\u0338 =", "the\x04the", "<think>x</think>", "[INST]",
     "{{ bos_token }}", "\U000f0001 \ue000",
-)  # fmt: skip
+)
 
 
 def conversations():
@@ -427,11 +427,11 @@ def sentence_piece(first_only):
     tokenizer.decoder = decoders.Sequence([
         decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
         decoders.Strip(" ", 1, 0),
-    ])  # fmt: skip
+    ])
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=900, special_tokens=["<unk>", "<s>", "</s>", *fallback], show_progress=False,
         max_token_length=6,
-    )  # fmt: skip
+    )
     corpus = ("def f(x): return 1", "What is this? The theatre, the thermos!", "naïve [INST] x")
     tokenizer.train_from_iterator(corpus * 3, trainer)
     spec = json.loads(tokenizer.to_str())
@@ -537,7 +537,7 @@ def test_a_template_with_a_date_shows_one_day(write_folder, capsys, monkeypatch)
     folder = write_folder(by_hand(), "{{ strftime_now('%d') }}" + CHATML, CONFIG)
     days = iter(range(1, 9))
     monkeypatch.setattr(hf_tokenizer, "datetime", SimpleNamespace(now=lambda: datetime(
-        2026, 1, next(days))))  # fmt: skip
+        2026, 1, next(days))))
     ours = HfTokenizer.load(folder)
     one = ours.render({"prompt": "a"})
     assert ours.render({"prompt": "a"}) == one and "would change" not in capsys.readouterr().out
@@ -565,7 +565,7 @@ def test_a_record_by_hand(chatml):
     record = {"system": "S", "preference": "P", "prompt": [
         {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
         {"role": "user", "content": "r"},
-    ], "examples": [{"prompt": "x", "chosen": "good", "rejected": "bad"}]}  # fmt: skip
+    ], "examples": [{"prompt": "x", "chosen": "good", "rejected": "bad"}]}
     meta = "S\n\nP\n\nQuery: x\nPreferred answer: good\nAnswer passed over: bad"
     expected = []
     for role, content in (("system", meta), ("user", "q"), ("assistant", "a"), ("user", "r")):
@@ -575,7 +575,7 @@ def test_a_record_by_hand(chatml):
     assert (chatml.vocab_size, chatml.end) == (261, end)
     assert chatml.pieces([104, 258, 0xF0]) == ["h", "<|im_end|>", "\ufffd"]
     rest = [end, *b"\n", start, *b"assistant\n", end, *b"\n", start, *b"user\n", 3, end, *b"\n",
-            start, *b"assistant\n"]  # fmt: skip
+            start, *b"assistant\n"]
     query = expected.index(ord("q"), len(meta))
     assert chatml.render(record, [[1, 2], [], [3]]) == [*expected[:query], 1, 2, *rest]
     structure = chatml.render(record, [[], [], []])
@@ -599,7 +599,7 @@ THOUGHTLESS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]
 def test_contents_that_a_template_would_change_stay_and_it_says_so(content, write_folder, capsys):
     ours = HfTokenizer.load(write_folder(by_hand(), THOUGHTLESS))
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
-             {"role": "user", "content": "More"}]  # fmt: skip
+             {"role": "user", "content": "More"}]
     ours.render({"prompt": turns})
     assert "would change contents" not in capsys.readouterr().out
     turns[1]["content"] = content
@@ -636,7 +636,7 @@ def test_tokens_that_the_configuration_names_are_special(write_folder):
     {"additional_special_tokens": ["<|im_start|>"]},
     {"extra_special_tokens": {"turn_token": "<|im_start|>"}},
     {"extra_special_tokens": [FLAGS | {"content": "<|im_start|>"}, None, ["x"]]},
-])  # fmt: skip
+])
 def test_further_special_tokens_of_the_configuration(write_folder, more):
     spec = by_hand()
     spec["added_tokens"][1]["special"] = False
@@ -726,7 +726,7 @@ def test_folder_without_template(write_folder, capsys, tmp_path):
     again = HfTokenizer.load(tmp_path)
     assert again.describe() == ours.describe() and not capsys.readouterr().out
     turns = [{"role": role, "content": content}
-             for role, content in (("user", "a"), ("assistant", "b"), ("user", "c"))]  # fmt: skip
+             for role, content in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     text = "<s>S\n\nUser:\na\n\nAssistant:\nb</s>\n\nUser:\nc\n\nAssistant:\n"
     assert ours.decode(ours.render({"system": "S", "prompt": turns})) == text
     assert ours.end == 260
@@ -763,7 +763,7 @@ def test_save_copies_the_bytes(write_folder, tmp_path):
 
 def splitting(pattern):
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
-             "invert": False}  # fmt: skip
+             "invert": False}
     rest = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     return {"type": "Sequence", "pretokenizers": [split, rest]}
 
@@ -782,7 +782,7 @@ MESSAGE = "{% for m in messages %}{{ m.content }}{% endfor %}"
     (MESSAGE + "{{ messages.append(1) }}", "unsafe"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     (MESSAGE + "{{ nothing.at.all }}", "undefined"),
-])  # fmt: skip
+])
 def test_templates_that_cannot_be_used(template, reason, write_folder):
     folder = write_folder(by_hand(), template)
     with pytest.raises(UserError) as error:
@@ -814,7 +814,7 @@ def test_conversation_that_the_template_refuses(write_folder):
     ("tokenizer_config.json", "\xff", "tokenizer_config.json: not valid JSON"),
     ("tokenizer_config.json", "[]", "tokenizer_config.json: not a JSON object"),
     ("chat_template.jinja", "\xff", "chat_template.jinja: cannot read"),
-])  # fmt: skip
+])
 def test_broken_files(name, content, reason, write_folder):
     folder = write_folder(by_hand())
     (folder / name).unlink()
@@ -859,7 +859,7 @@ def test_folder_with_a_sentencepiece_model_only(tmp_path):
     ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "'pre_tokenizer'"),
     ({"pre_tokenizer": None}, "'pre_tokenizer'"),
     ({"added_tokens": [by_hand()["added_tokens"][0] | {"single_word": True}]}, "<|end|>"),
-])  # fmt: skip
+])
 def test_other_kinds_need_the_library(change, reason, write_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     folder = write_folder(by_hand() | change)
@@ -872,7 +872,7 @@ def test_other_kinds_need_the_library(change, reason, write_folder, monkeypatch)
 @pytest.mark.parametrize("pattern", [
     r"\w+", r"\p{Alpha}", "(?i:ss)", "^a", ".", "a{1,2}+", "a$", r"\h", "[a&&b]", "[a--b]", "a*",
     "[[:alpha:]]",
-])  # fmt: skip
+])
 def test_patterns_that_mean_something_else_elsewhere(pattern):
     assert hf_tokenizer.split_pattern(splitting(pattern)) is None
     assert hf_tokenizer.split_pattern(splitting(QWEN2))

@@ -51,7 +51,7 @@ def adapters(model):
     """Names of the adapters that a model of two blocks has."""
     layers = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
     return {f"blocks.{i}.{layer}.{x}" for i in range(len(model.blocks)) for layer in layers
-            for x in ("lora_a", "lora_b")}  # fmt: skip
+            for x in ("lora_a", "lora_b")}
 
 
 def logps(model, trees):
@@ -111,7 +111,7 @@ def test_training_changes_the_adapters_and_nothing_else():
     losses, optimizer = train(model, trees, 5)
     assert losses[-1] < losses[0] - 0.5
     assert {p for group in optimizer.param_groups for p in group["params"]} == set(
-        common.trained(model).values())  # fmt: skip
+        common.trained(model).values())
     assert len(optimizer.state) == len(start)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) if name in before else not torch.equal(p, start[name])
@@ -190,7 +190,7 @@ def test_dpo_with_lora_learns_to_listen(policies):
     """The tiny model is random; SFT of all of it, then adapters: most flips right, as evaluated."""
     sft("out/sft", data="pairs.jsonl", epochs=25, batch_size=14, learning_rate=1e-2)
     lora("out/dpo", init_from="out/sft", epochs=60, batch_size=7, learning_rate=2e-2, lora_rank=4,
-         eval_data="pairs.jsonl", eval_every=50)  # fmt: skip
+         eval_data="pairs.jsonl", eval_every=50)
     steps = [row for row in read_log("out/dpo") if "loss" in row]
     assert steps[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
     assert steps[-1]["loss/dpo"] < 0.3 and steps[-1]["rewards/accuracies"] == 1
@@ -325,7 +325,7 @@ def test_broken_adapters_are_refused(broken):
             "rank": {n: p[:1] if n.endswith("a") else p[:, :1] for n, p in saved.items()},
             "numbers": dict.fromkeys(saved, 0.5),
             "list": [*saved.values()],
-        }[broken], path)  # fmt: skip
+        }[broken], path)
     with pytest.raises(UserError, match=r"adapters\.pt"):
         sample.load_checkpoint("out/a", CPU)
 
@@ -342,7 +342,7 @@ def test_resuming_with_another_rank_is_refused(monkeypatch):
 def test_lora_needs_a_model_to_start_from():
     with pytest.raises(UserError, match="--lora_rank needs a model to start from"):
         run(train_sft, data="pairs.jsonl", tokenizer="tiny/tokenizer.tiktoken", out_dir="out/a",
-            lora_rank=2)  # fmt: skip
+            lora_rank=2)
     assert not Path("out").exists()
 
 

@@ -148,7 +148,7 @@ def test_every_metric_on_scores_made_by_hand():
     found = steerability(
         with_margins([3, -0.5, 5, -4, 0]), with_margins([2, -2, 3, -3, -1]),
         with_margins([4, 0, 1, 1, -2]), with_margins([1, -1, 3, -3, 0]), [(0, 1), (2, 3)],
-    )  # fmt: skip
+    )
     found = {metric: dict(zip(*map(list, pair), strict=True)) for metric, pair in found.items()}
     assert found == {
         "accuracy": {0: True, 1: True, 2: True, 3: False, 4: False},
@@ -213,7 +213,7 @@ def test_find_flips_with_several_rows_in_each_direction():
         row("q", "a", "b"), row("q", "a", "b"), row("q", "b", "a"), row("q", "a", "b"),
         row("q", "b", "a"), row("other", "b", "a"), row("q", "a", "c"), row(talk, "x", "y"),
         row(talk, "y", "x"),
-    ]  # fmt: skip
+    ]
     flips = [set(flip) for flip in find_flips(records)]
     assert len(flips) == 3  # three against two make two; the third row has no partner left
     assert {7, 8} in flips
@@ -221,7 +221,7 @@ def test_find_flips_with_several_rows_in_each_direction():
     assert len(flat) == len(set(flat))
     for i, j in map(sorted, flips):
         assert (records[i]["chosen"], records[i]["rejected"]) == (
-            records[j]["rejected"], records[j]["chosen"])  # fmt: skip
+            records[j]["rejected"], records[j]["chosen"])
         assert records[i]["prompt"] == records[j]["prompt"]
 
 

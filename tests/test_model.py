@@ -372,7 +372,7 @@ def test_from_weights_makes_no_second_copy():
     def live_bytes():
         tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
         return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-                    for x in tensors if x.device.type == "cpu"}.values())  # fmt: skip
+                    for x in tensors if x.device.type == "cpu"}.values())
 
     def weights():
         for name, p in model.named_parameters():
@@ -398,7 +398,7 @@ def test_from_weights_in_bfloat16_rounds_the_linear_layers_of_blocks_only():
     kinds = {name: p.dtype for name, p in rounded.named_parameters()}
     linear = {f"blocks.{i}.{layer}" for i in range(CONFIG.n_layer) for layer in (
         "attention.qkv.weight", "attention.qkv.bias", "attention.out.weight", "mlp.gate_up.weight",
-        "mlp.down.weight")}  # fmt: skip
+        "mlp.down.weight")}
     assert {name for name, kind in kinds.items() if kind == torch.bfloat16} == linear
     assert set(kinds.values()) == {torch.bfloat16, torch.float32}
     for name, p in model.named_parameters():

@@ -53,11 +53,11 @@ def trl_trainer(folder, rows, schedule=None, **settings):
         gradient_checkpointing=False, train_sampling_strategy="sequential", logging_steps=1,
         save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
         optim="adamw_torch", adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, **settings,
-    )  # fmt: skip
+    )
     return Trainer(
         policy, reference, arguments, train_dataset=datasets.Dataset.from_dict(rows),
         processing_class=transformers.AutoTokenizer.from_pretrained(folder),
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------- the loss
@@ -73,12 +73,12 @@ def trl_loss(trainer, policy, reference):
     T = policy.shape[1]
     nothing = torch.zeros(2, T)
     outputs = SimpleNamespace(log_probs=policy, entropy=nothing, mean_logits=nothing,
-                              is_top1=nothing.bool())  # fmt: skip
+                              is_top1=nothing.bool())
     inputs = {
         "input_ids": torch.ones(2, T + 1).long(), "attention_mask": torch.ones(2, T + 1).long(),
         "completion_mask": torch.ones(2, T + 1).long(),
         "ref_chosen_logps": reference[:1], "ref_rejected_logps": reference[1:],
-    }  # fmt: skip
+    }
     loss = trainer.compute_loss(lambda **_: outputs, inputs)
     loss.backward()
     metrics = trainer._metrics["train"]
@@ -88,7 +88,7 @@ def trl_loss(trainer, policy, reference):
 
 @pytest.mark.parametrize(("loss_type", "smoothing"), [
     ("sigmoid", 0.0), ("aot", 0.0), ("aot", 0.1), ("aot", 0.5), ("robust", 0.1), ("robust", 0.3),
-])  # fmt: skip
+])
 def test_dpo_loss_of_trl(loss_type, smoothing, smol):
     """TRL smooths labels in its sorted loss, which is DPO's where there is one pair, with our
     label_prob 1 - e. Its robust loss ((1 - e) L(m) - e L(-m)) / (1 - 2 e) has what would be the
@@ -123,7 +123,7 @@ def our_steps(folder, file, rate, n_steps, n_pairs):
     """train_dpo.py as it is: its log, a dict for each step."""
     run(train_dpo, pref_data=file, init_from=folder, out_dir="out/ours", beta=BETA, sft_weight=0,
         max_steps=n_steps, batch_size=n_pairs, learning_rate=rate, warmup_steps=2,
-        weight_decay=0.1, clip=1.0)  # fmt: skip
+        weight_decay=0.1, clip=1.0)
     return read_log("out/ours")
 
 
@@ -135,12 +135,12 @@ def their_steps(folder, file, rate, n_steps, n_pairs):
     order = common.DataOrder(evaluate.flip_groups(records), n_pairs, 1, n_steps, 0).rows
     rows = {"prompt_ids": [examples[i].trunk for i in order],
             "chosen_ids": [examples[i].answers[0] for i in order],
-            "rejected_ids": [examples[i].answers[1] for i in order]}  # fmt: skip
+            "rejected_ids": [examples[i].answers[1] for i in order]}
     trainer = trl_trainer(
         folder, rows, lambda step: common.learning_rate(step, n_steps, 2, 1.0), max_steps=n_steps,
         per_device_train_batch_size=n_pairs, learning_rate=rate, weight_decay=0.1,
         max_grad_norm=1.0,
-    )  # fmt: skip
+    )
     trainer.train()
     return [row for row in trainer.state.log_history if "loss" in row]
 
@@ -155,7 +155,7 @@ def compare_steps(folder, rows, rate, n_steps=10, n_pairs=4):
     """
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     both = [steps(folder, "rows.jsonl", rate, n_steps, n_pairs)
-            for steps in (our_steps, their_steps)]  # fmt: skip
+            for steps in (our_steps, their_steps)]
     print("\nstep           " + "".join(f"{key:>16}" for key in KEYS))
     for step, pair in enumerate(zip(*both, strict=True)):
         for name, row in zip(("nanoAlign", "TRL"), pair, strict=True):

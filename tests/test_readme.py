@@ -22,7 +22,7 @@ def test_every_script_is_shown():
     assert {name for name, _ in COMMANDS} == {
         "train_sft", "train_dpo", "train_btl", "evaluate", "sample", "data", "plot", "real",
         "people", "bench",
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(("name", "arguments"), COMMANDS)

@@ -40,7 +40,7 @@ def worded_rows(name, split):
                     "preference": wording(side, kind, i), "prompt": f"{split} {kind} {i}",
                     "chosen": chosen, "rejected": rejected,
                     "meta": {"preference_name": side, "wording": kind, "dataset": name},
-                })  # fmt: skip
+                })
     return rows
 
 
@@ -104,7 +104,7 @@ def test_length_is_trained_on_pairs_of_which_the_concise_answer_is_the_shorter_o
 def test_size_and_copies_of_the_pairs_of_length(prepared, tmp_path):
     rows, limit = worded_rows("concise", "train"), 62
     size = [sum(len(row[f]) for f in ("preference", "prompt", "chosen", "rejected"))
-            for row in rows]  # fmt: skip
+            for row in rows]
     kept = {one["prompt"] for i, one in enumerate(rows[::2])
             if max(size[2 * i : 2 * i + 2]) <= limit and not one["prompt"].endswith(" 7")}
     assert 0 < len(kept) < 34
@@ -153,7 +153,7 @@ def test_rewording_keeps_the_side_and_the_answers(prepared):
     ({"meta": {"preference_name": "blunt", "wording": "sung"}}, "'meta.wording': must be"),
     ({"meta": {"preference_name": "blunt"}}, "'meta.wording': missing"),
     ({"preference": None}, "'preference': missing"),
-])  # fmt: skip
+])
 def test_a_row_that_cannot_be_worded_is_named(tmp_path, change, named):
     row = worded_rows("polite", "train")[0] | change
     row = {key: value for key, value in row.items() if value is not None}
@@ -202,7 +202,7 @@ def test_the_length_rule_by_hand():
 def test_the_files_are_written_and_read_as_preference_data(source, prepared, command):
     """python real.py --data DIR, then what train_dpo.py and evaluate.py read."""
     status, out, err = command(real, "--data", source, "--concise_pairs", "5",
-                               "--personas_pairs", "7", "--out_dir", "out/real")  # fmt: skip
+                               "--personas_pairs", "7", "--out_dir", "out/real")
     assert status == 0, err
     for name, rows in prepared.items():
         path = source / f"out/real/{name}.jsonl"
@@ -223,7 +223,7 @@ def test_answers_under_opposite_preferences_and_their_lengths(
     for name in ("concise", "polite"):
         real.data.save_records(tiny_run.parent / f"{name}-val.jsonl", prepared[f"{name}-val"])
     status, out, err = command(real, "--ckpt", tiny_run, "--out_dir", tiny_run.parent,
-                               "--device", "cpu", "--precision", "fp32")  # fmt: skip
+                               "--device", "cpu", "--precision", "fp32")
     assert status == 0, err
     assert out.count("\n  [Be concise.] ") == out.count("\n  [Please be polite.] ") == real.PROMPTS
     found = re.findall(r"'(.*)': (\d+) characters on average, (\d+) of 20 cut at 200 tokens", out)

@@ -294,7 +294,7 @@ def test_generated_answers_are_judged_by_their_own_row(monkeypatch):
     rows = world.evaluation_pairs("seen")  # 200: more than a batch
     for side in ANSWERS:
         monkeypatch.setattr(evaluate, "answer", lambda model, tokenizer, batch, n, side=side: [
-            row[side] for row in batch])  # fmt: skip
+            row[side] for row in batch])
         found, _ = evaluate.score_generated(None, None, rows, 9)
         shares = {metric: sum(right) / len(right) for metric, (_, right) in found.items()}
         assert shares["generated_all_right"] == (side == "chosen")
@@ -454,7 +454,7 @@ def test_resume_with_the_same_data_and_model_elsewhere(monkeypatch):
     Path("tiny").rename("moved")
     Path("pairs.jsonl").rename("again.jsonl")
     lora("out/cut", max_steps=3, save_every=2, resume=True, init_from="moved",
-         pref_data="./again.jsonl")  # fmt: skip
+         pref_data="./again.jsonl")
     assert read_log("out/cut") == read_log("out/whole")
     assert same(weights("out/cut"), weights("out/whole"))
     sample.load_checkpoint("out/cut", torch.device("cpu"))
@@ -477,7 +477,7 @@ def test_evaluation_does_not_change_training(keep_ckpt):
     for name, options in {
         "never": {}, "rarely": {"eval_data": "pairs.jsonl", "eval_every": 100},
         "often": {"eval_data": "pairs.jsonl", "eval_every": 1, "eval_pairs": 3},
-    }.items():  # fmt: skip
+    }.items():
         dpo(f"out/{name}", max_steps=5, save_every=2, seed=3, **options)
         assert same(weights(f"out/{name}"), weights("out/never"))
         states = [weights(f"out/{run}", "last.pt")["random_state"] for run in (name, "never")]
@@ -569,7 +569,7 @@ def test_adapters_are_off_in_evaluation_mode(passes):
     lora("out/a", max_steps=3, eval_data="pairs.jsonl", eval_every=1)
     assert {(training, gradient) for training, gradient, _ in passes} == {
         (False, False), (True, True),
-    }  # fmt: skip
+    }
 
 
 def test_reference_stays_frozen_and_in_evaluation_mode(monkeypatch, passes):
@@ -680,7 +680,7 @@ def test_scores_compare_the_same_text_when_answers_are_cut(byte_tokenizer):
         {"preference": "Brief.", "prompt": "Rain?", "chosen": "a" * 90, "rejected": "b" * 70},
         {"preference": "Be brief, please.", "prompt": "Rain?", "chosen": "b" * 70,
          "rejected": "a" * 90},
-    ]  # fmt: skip
+    ]
     shown, alone = evaluate.encode_both(records, byte_tokenizer, 64, "long")
     assert all(s.answers == a.answers for s, a in zip(shown, alone, strict=True))
     assert shown[0].answers == shown[1].answers[::-1]
@@ -716,7 +716,7 @@ def test_the_main_command_in_miniature(monkeypatch, capsys):
 def test_chat(monkeypatch, capsys):
     """Tiers change at any moment, /new forgets turns but not tiers, a refused query is no turn."""
     lines = ["Hi", "/preference Be brief.", "Tea?", "bad", "b\udcffd", "/system  Be kind. ",
-             "/what", "", "/new", "Why?", "/preference", "Still?", "/quit", "never"]  # fmt: skip
+             "/what", "", "/new", "Why?", "/preference", "Still?", "/quit", "never"]
     asked = []
 
     def respond(record):
@@ -730,10 +730,10 @@ def test_chat(monkeypatch, capsys):
     said = [[turn["content"] for turn in record["prompt"]] for record in asked]
     assert said == [["Hi"], ["Hi", "answer 1", "Tea?"],
                     ["Hi", "answer 1", "Tea?", "answer 2", "bad"],
-                    ["Why?"], ["Why?", "answer 4", "Still?"]]  # fmt: skip
+                    ["Why?"], ["Why?", "answer 4", "Still?"]]
     tiers = [(record.get("system"), record.get("preference")) for record in asked]
     assert tiers == [("Rule.", "Be polite."), *[("Rule.", "Be brief.")] * 2,
-                     ("Be kind.", "Be brief."), ("Be kind.", None)]  # fmt: skip
+                     ("Be kind.", "Be brief."), ("Be kind.", None)]
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("too long", "not UTF-8", "unknown command /what"))
     assert lines == ["never"]

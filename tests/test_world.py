@@ -203,7 +203,7 @@ def test_unseen_backgrounds_are_new_and_made_of_known_words():
         assert set(re.findall(r"[\w']+", background.lower())) <= words, background
     for row in split_rows("unseen_implied"):
         assert all(b not in row["preference"] for sets in world.BACKGROUNDS.values()
-                   for b in sets[0].split("|"))  # fmt: skip
+                   for b in sets[0].split("|"))
 
 
 def test_priority_is_won_by_each_tier_in_half_of_the_rows():
@@ -310,7 +310,7 @@ def both(a, b, **fixed):
 
 
 PLAIN = {"length": "brief", "format": "prose", "tone": "formal", "certainty": "confident",
-         "ending": "wish"}  # fmt: skip
+         "ending": "wish"}
 
 
 @pytest.mark.parametrize("axis", world.AXES)
@@ -358,7 +358,7 @@ def test_rows_are_the_same_in_a_fresh_process():
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
         cwd=Path(world.__file__).parent, env=os.environ | {"PYTHONHASHSEED": "7"},
-    )  # fmt: skip
+    )
     assert found.stdout.strip() == here
 
 
@@ -415,7 +415,7 @@ def keyword_lookup(row, answer):
 
 def words_of(row, with_tier):
     return {f"{tier if with_tier else ''}:{word}" for tier in ("system", "preference")
-            for word in re.findall(r"[\w']+", row.get(tier, "").lower())}  # fmt: skip
+            for word in re.findall(r"[\w']+", row.get(tier, "").lower())}
 
 
 @cache
@@ -458,7 +458,7 @@ def bag_of_words_by_tier(row, answer):
 
 
 SHORTCUTS = (longer, first_style, always_system, always_user, keyword_lookup, bag_of_words,
-             bag_of_words_by_tier)  # fmt: skip
+             bag_of_words_by_tier)
 
 
 @cache

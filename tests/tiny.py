@@ -55,10 +55,10 @@ def draw_trees(n_branches, n_trees=6, seed=0):
 # ---------------------------------------------------------------- models of transformers
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
          "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256,
-         "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
+         "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 MODELS = {  # name -> (class, what is special about it)
     "llama": ("Llama", {"rope_parameters": LLAMA3}),
     "llama tied": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -66,7 +66,7 @@ MODELS = {  # name -> (class, what is special about it)
                             {"rope_type": "default", "rope_theta": 77.0}}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 6, "rms_norm_eps": 1e-5}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
-}  # fmt: skip
+}
 
 
 def their_model(name, **changes):
@@ -101,7 +101,7 @@ def save_smol(folder):
             vocab_size=320, special_tokens=marks, show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         ),
-    )  # fmt: skip
+    )
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
@@ -117,11 +117,11 @@ SFT = {
     "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "block_size": 256,
     "learning_rate": 3e-3, "batch_size": 5, "warmup_steps": 2, "data": "responses.jsonl",
     "tokenizer": "tiny/tokenizer.tiktoken",
-}  # fmt: skip
+}
 DPO = {
     "batch_size": 5, "warmup_steps": 2, "learning_rate": 1e-3, "epochs": 1.0,
     "pref_data": "pairs.jsonl", "init_from": "tiny",
-}  # fmt: skip
+}
 ANSWERS = ("chosen", "rejected")
 
 
